@@ -1,0 +1,12 @@
+# build_info.h: what remora.info() reports about the build.
+if(NOT REMORA_CUDA)
+  set(REMORA_CUDA_ARCHITECTURES "")
+endif()
+if(REMORA_SIM)
+  set(REMORA_HAS_SIM true)
+else()
+  set(REMORA_HAS_SIM false)
+endif()
+list(JOIN REMORA_CUDA_ARCHITECTURES " " REMORA_ARCHITECTURE_LIST)
+configure_file(cmake/build_info.h.in "${CMAKE_BINARY_DIR}/generated/build_info.h" @ONLY)
+target_include_directories(_C PRIVATE "${CMAKE_BINARY_DIR}/generated")

@@ -1,0 +1,25 @@
+# CPU kernels are compiled once per instruction set and chosen at run time.
+
+# remora_cpu_isa_sources(<target> <operator folder>...): adds cpu.cpp, which chooses, and cpu_kernel.cpp once for every
+# instruction set, with REMORA_CPU_ISA naming the namespace of its code.
+function(remora_cpu_isa_sources target)
+  if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
+    set(isas baseline x86_64_v3 x86_64_v4 x86_64_v4_bf16)
+  else()
+    set(isas baseline)
+  endif()
+  set(flags_baseline "")
+  set(flags_x86_64_v3 -march=x86-64-v3)
+  set(flags_x86_64_v4 -march=x86-64-v4 -mprefer-vector-width=512)
+  set(flags_x86_64_v4_bf16 -march=x86-64-v4 -mavx512bf16 -mprefer-vector-width=512)
+  foreach(operator IN LISTS ARGN)
+    target_sources(${target} PRIVATE csrc/${operator}/cpu.cpp)
+    string(REPLACE "/" "_" name "${operator}")
+    foreach(isa IN LISTS isas)
+      add_library(${name}_${isa} OBJECT csrc/${operator}/cpu_kernel.cpp)
+      target_compile_definitions(${name}_${isa} PRIVATE REMORA_CPU_ISA=${isa})
+      target_compile_options(${name}_${isa} PRIVATE -O3 -fno-math-errno ${flags_${isa}})
+      target_sources(${target} PRIVATE $<TARGET_OBJECTS:${name}_${isa}>)
+    endforeach()
+  endforeach()
+endfunction()

@@ -1,0 +1,244 @@
+// Torch side of the gated delta rule: check, allocate, fill the params, launch. Compiled once per backend.
+// remora.ops has told the user what is wrong with an argument before a call comes here; these checks protect direct
+// callers of torch.ops.remora.
+#include <tuple>
+
+#include "recurrence/gated_delta_rule/launch.h"
+#include "torch/stable.h"
+
+namespace remora {
+namespace {
+
+/// [B, T, H, D] tensors of a call, with the last dimension made contiguous.
+struct TokenInputs {
+  Tensor q, k, v;
+  GatedDeltaRuleShape shape;
+  DType dtype, state_dtype;
+  ScalarType state_type;
+
+  TokenInputs(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const OptionalTensor& g, const Tensor& beta,
+              const OptionalTensor& cu_seqlens)
+      : q(with_dense_rows(q_in)), k(with_dense_rows(k_in)), v(with_dense_rows(v_in)), dtype(dtype_of(q_in, "q")) {
+    STD_TORCH_CHECK(q.dim() == 4 && v.dim() == 4, "q, k and v must be [B, T, heads, channels]");
+    shape = {.batch = q.size(0),
+             .seqlen = q.size(1),
+             .num_heads = q.size(2),
+             .num_value_heads = v.size(2),
+             .head_dim = q.size(3),
+             .value_dim = v.size(3),
+             .num_seqs = cu_seqlens.has_value() ? cu_seqlens->numel() - 1 : q.size(0)};
+    check_shape(k, "k", {shape.batch, shape.seqlen, shape.num_heads, shape.head_dim});
+    check_shape(v, "v", {shape.batch, shape.seqlen, shape.num_value_heads, shape.value_dim});
+    STD_TORCH_CHECK(dtype_of(k, "k") == dtype && dtype_of(v, "v") == dtype, "q, k and v must have one dtype");
+    STD_TORCH_CHECK(shape.num_heads > 0 && shape.num_value_heads % shape.num_heads == 0,
+                    "the heads of v must be a multiple of the heads of q");
+    STD_TORCH_CHECK(shape.head_dim >= 1 && shape.head_dim <= 256 && shape.value_dim >= 1 && shape.value_dim <= 256,
+                    "K and V must be in 1...256");
+    state_dtype = dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+    state_type = scalar_type_of(state_dtype);
+    check_dense(g, "g", {shape.batch, shape.seqlen, shape.num_value_heads}, state_type);
+    check_dense(beta, "beta", {shape.batch, shape.seqlen, shape.num_value_heads}, state_type);
+    if (cu_seqlens.has_value()) {
+      STD_TORCH_CHECK(shape.batch == 1 && shape.num_seqs >= 1, "cu_seqlens needs B == 1 and at least two entries");
+      check_dense(*cu_seqlens, "cu_seqlens", {shape.num_seqs + 1}, ScalarType::Int);
+    }
+  }
+
+  static Tensor with_dense_rows(const Tensor& tensor) {
+    return tensor.dim() > 0 && tensor.stride(tensor.dim() - 1) != 1 ? torch::stable::contiguous(tensor) : tensor;
+  }
+
+  DType saved_dtype() const { return dtype == DType::kBFloat16 ? dtype : state_dtype; }
+  Tensor new_state(int64_t rows, bool v_first) const {
+    return v_first ? new_tensor(q, {rows, shape.num_value_heads, shape.value_dim, shape.head_dim}, state_type)
+                   : new_tensor(q, {rows, shape.num_value_heads, shape.head_dim, shape.value_dim}, state_type);
+  }
+  void check_state(const OptionalTensor& state, const char* name, int64_t rows, bool v_first) const {
+    const auto [rank1, rank2] = v_first ? std::tuple(shape.value_dim, shape.head_dim)
+                                        : std::tuple(shape.head_dim, shape.value_dim);
+    check_dense(state, name, {rows, shape.num_value_heads, rank1, rank2}, state_type);
+  }
+
+  template <class Params>
+  void fill(Params& params, Allocations& allocations) const {
+    params.shape = shape;
+    params.dtype = dtype, params.state_dtype = state_dtype;
+    params.q = q.const_data_ptr(), params.k = k.const_data_ptr(), params.v = v.const_data_ptr();
+    params.q_stride = {q.stride(0), q.stride(1), q.stride(2)};
+    params.k_stride = {k.stride(0), k.stride(1), k.stride(2)};
+    params.v_stride = {v.stride(0), v.stride(1), v.stride(2)};
+    allocations.input(q, "q"), allocations.input(k, "k"), allocations.input(v, "v");
+  }
+  bool empty() const { return shape.batch * shape.seqlen == 0 || shape.num_seqs == 0; }
+};
+
+Tensor none_like(const Tensor& like) { return new_tensor(like, {0}, like.scalar_type()); }
+
+/// Without tokens the state passes through.
+Tensor pass_state(Tensor to, const OptionalTensor& from) {
+  return from.has_value() ? torch::stable::copy_(to, *from) : torch::stable::zero_(to);
+}
+
+std::tuple<Tensor, Tensor, Tensor> fwd(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& g,
+                                       const Tensor& beta, const OptionalTensor& initial_state,
+                                       const OptionalTensor& cu_seqlens, double scale, bool use_qk_l2norm,
+                                       bool output_final_state, bool state_v_first, bool save_states) {
+  const DeviceScope device(q);
+  const TokenInputs in(q, k, v, g, beta, cu_seqlens);
+  const GatedDeltaRuleShape& s = in.shape;
+  in.check_state(initial_state, "initial_state", s.num_seqs, state_v_first);
+
+  Tensor o = new_tensor(q, {s.batch, s.seqlen, s.num_value_heads, s.value_dim}, q.scalar_type());
+  Tensor final_state = output_final_state ? in.new_state(s.num_seqs, state_v_first) : none_like(beta);
+  const ScalarType saved_type = scalar_type_of(in.saved_dtype());
+  Tensor saved = save_states ? new_tensor(q, {num_state_slots(s.batch * s.seqlen, s.num_seqs), s.num_value_heads,
+                                              s.head_dim, s.value_dim}, saved_type)
+                             : new_tensor(q, {0}, saved_type);
+  if (in.empty()) {
+    return {o, output_final_state ? pass_state(final_state, initial_state) : final_state, saved};
+  }
+
+  Allocations allocations;
+  GatedDeltaRuleFwdParams params{};
+  in.fill(params, allocations);
+  params.saved_dtype = in.saved_dtype();
+  params.scale = scale, params.use_qk_l2norm = use_qk_l2norm, params.state_v_first = state_v_first;
+  params.g = data_or_null(g), params.beta = beta.const_data_ptr();
+  params.cu_seqlens = static_cast<const int32_t*>(data_or_null(cu_seqlens));
+  params.initial_state = data_or_null(initial_state);
+  params.o = o.mutable_data_ptr();
+  params.final_state = data_or_null(final_state), params.saved_states = data_or_null(saved);
+  allocations.input(g, "g"), allocations.input(beta, "beta"), allocations.input(cu_seqlens, "cu_seqlens");
+  allocations.input(initial_state, "initial_state"), allocations.output(o, "o");
+  allocations.output(final_state, "final_state"), allocations.output(saved, "saved_states");
+
+  const Launch launch = launch_on(q);
+  const Tensor workspace = new_workspace(q, gated_delta_rule_fwd_workspace(params, launch));
+  allocations.output(workspace, "workspace");
+  params.workspace = data_or_null(workspace);
+  check_launch(gated_delta_rule_fwd(params, launch));
+  return {o, final_state, saved};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bwd(
+    const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& g, const Tensor& beta,
+    const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens, const Tensor& saved_states,
+    const Tensor& d_o_in, const OptionalTensor& d_final_state, double scale, bool use_qk_l2norm, bool state_v_first) {
+  const DeviceScope device(q);
+  const TokenInputs in(q, k, v, g, beta, cu_seqlens);
+  const GatedDeltaRuleShape& s = in.shape;
+  const Tensor d_o = torch::stable::contiguous(d_o_in);
+  check_dense(d_o, "d_o", {s.batch, s.seqlen, s.num_value_heads, s.value_dim}, q.scalar_type());
+  in.check_state(initial_state, "initial_state", s.num_seqs, state_v_first);
+  in.check_state(d_final_state, "d_final_state", s.num_seqs, state_v_first);
+  check_dense(saved_states, "saved_states",
+              {num_state_slots(s.batch * s.seqlen, s.num_seqs), s.num_value_heads, s.head_dim, s.value_dim},
+              scalar_type_of(in.saved_dtype()));
+
+  Tensor dq = new_tensor(q, {s.batch, s.seqlen, s.num_heads, s.head_dim}, q.scalar_type());
+  Tensor dk = new_tensor(q, {s.batch, s.seqlen, s.num_heads, s.head_dim}, q.scalar_type());
+  Tensor dv = new_tensor(q, {s.batch, s.seqlen, s.num_value_heads, s.value_dim}, q.scalar_type());
+  Tensor dbeta = new_tensor(q, {s.batch, s.seqlen, s.num_value_heads}, in.state_type);
+  Tensor dg = g.has_value() ? new_tensor(q, {s.batch, s.seqlen, s.num_value_heads}, in.state_type) : none_like(beta);
+  Tensor dh0 = initial_state.has_value() ? in.new_state(s.num_seqs, state_v_first) : none_like(beta);
+  if (in.empty()) {
+    return {dq, dk, dv, dg, dbeta, initial_state.has_value() ? pass_state(dh0, d_final_state) : dh0};
+  }
+
+  Allocations allocations;
+  GatedDeltaRuleBwdParams params{};
+  in.fill(params, allocations);
+  params.saved_dtype = in.saved_dtype();
+  params.scale = scale, params.use_qk_l2norm = use_qk_l2norm, params.state_v_first = state_v_first;
+  params.g = data_or_null(g), params.beta = beta.const_data_ptr();
+  params.cu_seqlens = static_cast<const int32_t*>(data_or_null(cu_seqlens));
+  params.saved_states = saved_states.const_data_ptr(), params.d_o = d_o.const_data_ptr();
+  params.d_final_state = data_or_null(d_final_state);
+  params.dq = dq.mutable_data_ptr(), params.dk = dk.mutable_data_ptr(), params.dv = dv.mutable_data_ptr();
+  params.dg = data_or_null(dg), params.dbeta = dbeta.mutable_data_ptr(), params.d_initial_state = data_or_null(dh0);
+  allocations.input(g, "g"), allocations.input(beta, "beta"), allocations.input(cu_seqlens, "cu_seqlens");
+  allocations.input(saved_states, "saved_states"), allocations.input(d_o, "d_o");
+  allocations.input(d_final_state, "d_final_state"), allocations.output(dq, "dq"), allocations.output(dk, "dk");
+  allocations.output(dv, "dv"), allocations.output(dg, "dg"), allocations.output(dbeta, "dbeta");
+  allocations.output(dh0, "d_initial_state");
+
+  const Launch launch = launch_on(q);
+  const Tensor workspace = new_workspace(q, gated_delta_rule_bwd_workspace(params, launch));
+  allocations.output(workspace, "workspace");
+  params.workspace = data_or_null(workspace);
+  check_launch(gated_delta_rule_bwd(params, launch));
+  return {dq, dk, dv, dg, dbeta, dh0};
+}
+
+std::tuple<Tensor, Tensor> recurrent_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& g,
+                                         const Tensor& beta, const OptionalTensor& initial_state,
+                                         const OptionalTensor& cu_seqlens, double scale, bool use_qk_l2norm,
+                                         bool output_final_state, bool state_v_first) {
+  const DeviceScope device(q);
+  const TokenInputs in(q, k, v, g, beta, cu_seqlens);
+  const GatedDeltaRuleShape& s = in.shape;
+  in.check_state(initial_state, "initial_state", s.num_seqs, state_v_first);
+  Tensor o = new_tensor(q, {s.batch, s.seqlen, s.num_value_heads, s.value_dim}, q.scalar_type());
+  Tensor final_state = output_final_state ? in.new_state(s.num_seqs, state_v_first) : none_like(beta);
+  if (in.empty()) return {o, output_final_state ? pass_state(final_state, initial_state) : final_state};
+
+  Allocations allocations;
+  GatedDeltaRuleStepParams params{};
+  in.fill(params, allocations);
+  params.scale = scale, params.use_qk_l2norm = use_qk_l2norm, params.state_v_first = state_v_first;
+  params.g = data_or_null(g), params.beta = beta.const_data_ptr();
+  params.cu_seqlens = static_cast<const int32_t*>(data_or_null(cu_seqlens));
+  params.initial_state = data_or_null(initial_state), params.final_state = data_or_null(final_state);
+  params.num_slots = s.num_seqs, params.o = o.mutable_data_ptr();
+  allocations.input(g, "g"), allocations.input(beta, "beta"), allocations.input(cu_seqlens, "cu_seqlens");
+  allocations.input(initial_state, "initial_state"), allocations.output(o, "o");
+  allocations.output(final_state, "final_state");
+  check_launch(gated_delta_rule_step(params, launch_on(q)));
+  return {o, final_state};
+}
+
+Tensor step_(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& g, const Tensor& beta,
+             const Tensor& state, const OptionalTensor& state_indices, const OptionalTensor& a_log,
+             const OptionalTensor& dt_bias, double scale, bool use_qk_l2norm, bool use_beta_sigmoid,
+             bool allow_neg_eigval, bool state_v_first) {
+  const DeviceScope device(q);
+  const TokenInputs in(q, k, v, g, beta, std::nullopt);
+  const GatedDeltaRuleShape& s = in.shape;
+  STD_TORCH_CHECK(state.dim() == 4, "state must have four dimensions");
+  in.check_state(state, "state", state.size(0), state_v_first);
+  check_dense(a_log, "a_log", {s.num_value_heads}, in.state_type);
+  check_dense(dt_bias, "dt_bias", {s.num_value_heads}, in.state_type);
+  check_dense(state_indices, "state_indices", {s.num_seqs}, ScalarType::Int);
+  STD_TORCH_CHECK(state_indices.has_value() || state.size(0) == s.num_seqs,
+                  "state must have one row per sequence if state_indices is not given");
+  STD_TORCH_CHECK(!a_log.has_value() || g.has_value(), "a_log needs g");
+  Tensor o = new_tensor(q, {s.batch, s.seqlen, s.num_value_heads, s.value_dim}, q.scalar_type());
+  if (in.empty()) return o;
+
+  Allocations allocations;
+  GatedDeltaRuleStepParams params{};
+  in.fill(params, allocations);
+  params.scale = scale, params.use_qk_l2norm = use_qk_l2norm, params.state_v_first = state_v_first;
+  params.g = data_or_null(g), params.beta = beta.const_data_ptr();
+  params.a_log = data_or_null(a_log), params.dt_bias = data_or_null(dt_bias);
+  params.use_beta_sigmoid = use_beta_sigmoid, params.allow_neg_eigval = allow_neg_eigval;
+  params.state_indices = static_cast<const int32_t*>(data_or_null(state_indices));
+  params.initial_state = data_or_null(state), params.final_state = data_or_null(state);
+  params.num_slots = state.size(0), params.o = o.mutable_data_ptr();
+  allocations.input(g, "g"), allocations.input(beta, "beta"), allocations.input(a_log, "a_log");
+  allocations.input(dt_bias, "dt_bias"), allocations.input(state_indices, "state_indices");
+  allocations.input(state, "state"), allocations.output(o, "o");
+  check_launch(gated_delta_rule_step(params, launch_on(q)));
+  return o;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(remora, REMORA_DISPATCH_KEY, m) {
+  m.impl("gated_delta_rule_fwd", TORCH_BOX(&fwd));
+  m.impl("gated_delta_rule_bwd", TORCH_BOX(&bwd));
+  m.impl("gated_delta_rule_recurrent_fwd", TORCH_BOX(&recurrent_fwd));
+  m.impl("gated_delta_rule_step_", TORCH_BOX(&step_));
+}
+
+}  // namespace remora

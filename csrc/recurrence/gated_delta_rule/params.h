@@ -1,0 +1,120 @@
+// Arguments of the gated delta rule, shared by the CPU and CUDA kernels. Legend of shapes: docs/numerics.md.
+//
+// Sequences: without cu_seqlens, row n of the batch is sequence n and num_seqs == batch. With cu_seqlens (batch == 1)
+// sequence n is tokens [cu_seqlens[n], cu_seqlens[n + 1]). Kernels clamp both ends to [0, seqlen] and an end below
+// its begin to an empty sequence, whatever the tensor says. Outputs of tokens outside every sequence are zero.
+#pragma once
+#include <cstdint>
+
+#include "common/dtype.h"
+
+namespace remora {
+
+/// Element strides of a [B, T, H, D] tensor whose last dimension is contiguous.
+struct TokenStrides {
+  int64_t batch, token, head;
+};
+
+/// Tokens between two saved states. Sequence n that begins at token b of the flattened [B * T] tokens (n * T without
+/// cu_seqlens) owns the slots first_state_slot(b, n) + i for i in [0, ceil(length / kStateInterval)): they hold the
+/// state that enters its token i * kStateInterval. Slots of different sequences never meet.
+constexpr int64_t kStateInterval = 128;
+
+constexpr int64_t first_state_slot(int64_t first_token, int64_t seq_idx) {
+  return first_token / kStateInterval + seq_idx;
+}
+
+constexpr int64_t num_state_slots(int64_t total_tokens, int64_t num_seqs) {
+  return total_tokens / kStateInterval + num_seqs;
+}
+
+struct GatedDeltaRuleShape {
+  int64_t batch;            // B
+  int64_t seqlen;           // T
+  int64_t num_heads;        // H
+  int64_t num_value_heads;  // HV, a multiple of H; value head h uses key head h / (HV / H)
+  int64_t head_dim;         // K
+  int64_t value_dim;        // V
+  int64_t num_seqs;         // N
+};
+
+struct GatedDeltaRuleFwdParams {
+  GatedDeltaRuleShape shape;
+  DType dtype;        // of q, k, v, o
+  DType state_dtype;  // of g, beta, initial_state, final_state: float32, or float64 if dtype is
+  DType saved_dtype;  // of saved_states: bfloat16 if dtype is, else state_dtype
+  double scale;
+  bool use_qk_l2norm;  // q and k are divided by sqrt(sum of squares + 1e-6)
+  bool state_v_first;  // initial_state, final_state are [N, HV, V, K]
+
+  const void* q;  // [B, T, H, K], q_stride
+  const void* k;  // [B, T, H, K], k_stride
+  const void* v;  // [B, T, HV, V], v_stride
+  TokenStrides q_stride, k_stride, v_stride;
+  const void* g;              // [B, T, HV] log decay per step, <= 0; null: no decay
+  const void* beta;           // [B, T, HV]
+  const int32_t* cu_seqlens;  // [N + 1] or null
+  const void* initial_state;  // [N, HV, K, V] or null: zero
+
+  void* o;             // [B, T, HV, V]
+  void* final_state;   // [N, HV, K, V] or null
+  void* saved_states;  // [num_state_slots, HV, K, V] or null; for the backward pass, slots without tokens stay unwritten
+
+  void* workspace;  // gated_delta_rule_fwd_workspace() bytes, uninitialised, 256-byte aligned; null if 0
+};
+
+/// Token by token: the recurrent forward pass and the decode step, which updates a pool of states in place.
+struct GatedDeltaRuleStepParams {
+  GatedDeltaRuleShape shape;  // num_seqs == batch unless cu_seqlens
+  DType dtype, state_dtype;
+  double scale;
+  bool use_qk_l2norm, state_v_first;
+
+  const void* q;  // [B, T, H, K], q_stride
+  const void* k;  // [B, T, H, K], k_stride
+  const void* v;  // [B, T, HV, V], v_stride
+  TokenStrides q_stride, k_stride, v_stride;
+  const void* g;               // [B, T, HV] log decay, or the gate's logit if a_log is given; null: no decay
+  const void* beta;            // [B, T, HV]
+  const void* a_log;           // [HV] or null; given: decay = -exp(a_log) softplus(g + dt_bias)
+  const void* dt_bias;         // [HV] or null
+  bool use_beta_sigmoid;       // beta = sigmoid(beta)
+  bool allow_neg_eigval;       // ... times two
+  const int32_t* cu_seqlens;   // [N + 1] or null
+  const int32_t* state_indices;  // [N] or null; outside [0, num_slots): sequence skipped, its output zero
+
+  const void* initial_state;  // [N or num_slots, HV, K, V] or null: zero
+  void* final_state;          // same shape or null; may be initial_state (in place)
+  int64_t num_slots;          // rows of the state tensors
+
+  void* o;  // [B, T, HV, V]
+};
+
+struct GatedDeltaRuleBwdParams {
+  GatedDeltaRuleShape shape;
+  DType dtype, state_dtype, saved_dtype;
+  double scale;
+  bool use_qk_l2norm, state_v_first;
+
+  const void* q;  // [B, T, H, K], q_stride
+  const void* k;  // [B, T, H, K], k_stride
+  const void* v;  // [B, T, HV, V], v_stride
+  TokenStrides q_stride, k_stride, v_stride;
+  const void* g;              // [B, T, HV] or null
+  const void* beta;           // [B, T, HV]
+  const int32_t* cu_seqlens;  // [N + 1] or null
+  const void* saved_states;   // [num_state_slots, HV, K, V], as the forward pass wrote it
+  const void* d_o;            // [B, T, HV, V] contiguous
+  const void* d_final_state;  // as final_state, or null: zero
+
+  void* dq;               // [B, T, H, K]
+  void* dk;               // [B, T, H, K]
+  void* dv;               // [B, T, HV, V]
+  void* dg;               // [B, T, HV] state_dtype or null
+  void* dbeta;            // [B, T, HV] state_dtype
+  void* d_initial_state;  // as initial_state, or null
+
+  void* workspace;  // gated_delta_rule_bwd_workspace() bytes, uninitialised, 256-byte aligned; null if 0
+};
+
+}  // namespace remora

@@ -1,0 +1,17 @@
+"""Chunked linear recurrences."""
+
+from remora.ops.recurrence.gated_delta_rule import (
+    chunk_delta_rule,
+    chunk_gated_delta_rule,
+    fused_recurrent_delta_rule,
+    fused_recurrent_gated_delta_rule,
+    gated_delta_rule_step,
+)
+
+__all__ = [
+    "chunk_delta_rule",
+    "chunk_gated_delta_rule",
+    "fused_recurrent_delta_rule",
+    "fused_recurrent_gated_delta_rule",
+    "gated_delta_rule_step",
+]

@@ -1,0 +1,18 @@
+"""The (gated) delta rule."""
+
+from remora.ops.recurrence.gated_delta_rule import registration as _registration  # noqa: F401
+from remora.ops.recurrence.gated_delta_rule.functional import (
+    chunk_delta_rule,
+    chunk_gated_delta_rule,
+    fused_recurrent_delta_rule,
+    fused_recurrent_gated_delta_rule,
+    gated_delta_rule_step,
+)
+
+__all__ = [
+    "chunk_delta_rule",
+    "chunk_gated_delta_rule",
+    "fused_recurrent_delta_rule",
+    "fused_recurrent_gated_delta_rule",
+    "gated_delta_rule_step",
+]

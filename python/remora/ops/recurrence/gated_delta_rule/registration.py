@@ -1,0 +1,170 @@
+"""Fake kernels and autograd formulas of `torch.ops.remora.gated_delta_rule_*`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from remora import _ext  # noqa: F401  (defines the operators)
+
+STATE_INTERVAL = 128  # kStateInterval in params.h
+
+
+def _state_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def _num_seqs(q: Tensor, cu_seqlens: Tensor | None) -> int:
+    return q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+def _new_state(q: Tensor, v: Tensor, rows: int, v_first: bool) -> Tensor:
+    K, HV, V = q.shape[3], v.shape[2], v.shape[3]
+    return q.new_empty((rows, HV, V, K) if v_first else (rows, HV, K, V), dtype=_state_dtype(q))
+
+
+def _none(q: Tensor, dtype: torch.dtype) -> Tensor:
+    return q.new_empty((0,), dtype=dtype)
+
+
+@torch.library.register_fake("remora::gated_delta_rule_fwd")
+def _fwd_fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    use_qk_l2norm: bool,
+    output_final_state: bool,
+    state_v_first: bool,
+    save_states: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = _num_seqs(q, cu_seqlens)
+    state = _new_state(q, v, rows, state_v_first) if output_final_state else _none(q, _state_dtype(q))
+    saved_dtype = torch.bfloat16 if q.dtype == torch.bfloat16 else _state_dtype(q)
+    if save_states:
+        slots = q.shape[0] * q.shape[1] // STATE_INTERVAL + rows
+        saved = q.new_empty((slots, v.shape[2], q.shape[3], v.shape[3]), dtype=saved_dtype)
+    else:
+        saved = _none(q, saved_dtype)
+    return q.new_empty(v.shape), state, saved
+
+
+@torch.library.register_fake("remora::gated_delta_rule_bwd")
+def _bwd_fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    saved_states: Tensor,
+    d_o: Tensor,
+    d_final_state: Tensor | None,
+    scale: float,
+    use_qk_l2norm: bool,
+    state_v_first: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rows = _num_seqs(q, cu_seqlens)
+    none = _none(q, _state_dtype(q))
+    return (
+        q.new_empty(q.shape),
+        q.new_empty(k.shape),
+        q.new_empty(v.shape),
+        beta.new_empty(beta.shape) if g is not None else none,
+        beta.new_empty(beta.shape),
+        _new_state(q, v, rows, state_v_first) if initial_state is not None else none.clone(),
+    )
+
+
+@torch.library.register_fake("remora::gated_delta_rule_recurrent_fwd")
+def _recurrent_fwd_fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    use_qk_l2norm: bool,
+    output_final_state: bool,
+    state_v_first: bool,
+) -> tuple[Tensor, Tensor]:
+    rows = _num_seqs(q, cu_seqlens)
+    state = _new_state(q, v, rows, state_v_first) if output_final_state else _none(q, _state_dtype(q))
+    return q.new_empty(v.shape), state
+
+
+@torch.library.register_fake("remora::gated_delta_rule_step_")
+def _step_fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    state: Tensor,
+    state_indices: Tensor | None,
+    a_log: Tensor | None,
+    dt_bias: Tensor | None,
+    scale: float,
+    use_qk_l2norm: bool,
+    use_beta_sigmoid: bool,
+    allow_neg_eigval: bool,
+    state_v_first: bool,
+) -> Tensor:
+    return q.new_empty(v.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, g, beta, initial_state, cu_seqlens, ctx.scale, ctx.use_qk_l2norm, _, ctx.state_v_first, saved = inputs
+    if not saved:
+        raise RuntimeError("gated_delta_rule_fwd needs save_states=True for a gradient")
+    ctx.save_for_backward(q, k, v, g, beta, initial_state, cu_seqlens, output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _save_recurrent(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, g, beta, initial_state, cu_seqlens, ctx.scale, ctx.use_qk_l2norm, _, ctx.state_v_first = inputs
+    ctx.save_for_backward(q, k, v, g, beta, initial_state, cu_seqlens)
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, saved_states: Tensor, d_o: Tensor | None, d_final_state: Tensor | None) -> list[Tensor | None]:
+    """Of q, k, v, g, beta, initial_state."""
+    q, k, v, g, beta, initial_state, cu_seqlens = ctx.saved_tensors[:7]
+    d_o = q.new_zeros(v.shape) if d_o is None else d_o.contiguous()
+    if d_final_state is not None:
+        d_final_state = d_final_state.contiguous() if d_final_state.numel() else None
+    grads = torch.ops.remora.gated_delta_rule_bwd(
+        q, k, v, g, beta, initial_state, cu_seqlens, saved_states, d_o, d_final_state,
+        ctx.scale, ctx.use_qk_l2norm, ctx.state_v_first,
+    )  # fmt: skip
+    inputs = (q, k, v, g, beta, initial_state)
+    return [grad if tensor is not None else None for grad, tensor in zip(grads, inputs, strict=True)]
+
+
+def _backward(
+    ctx: Any, d_o: Tensor | None, d_final_state: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    return (*_gradients(ctx, ctx.saved_tensors[7], d_o, d_final_state), *[None] * 6)
+
+
+def _recurrent_backward(ctx: Any, d_o: Tensor | None, d_final_state: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The same function in chunked form: its states are recomputed, so the forward pass keeps only its inputs."""
+    saved_states = torch.ops.remora.gated_delta_rule_fwd(
+        *ctx.saved_tensors, ctx.scale, ctx.use_qk_l2norm, False, ctx.state_v_first, True
+    )[2]
+    return (*_gradients(ctx, saved_states, d_o, d_final_state), *[None] * 5)
+
+
+torch.library.register_autograd("remora::gated_delta_rule_fwd", _backward, setup_context=_save)
+torch.library.register_autograd(
+    "remora::gated_delta_rule_recurrent_fwd", _recurrent_backward, setup_context=_save_recurrent
+)

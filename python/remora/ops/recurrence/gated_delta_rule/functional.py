@@ -143,7 +143,7 @@ def _prepare(
         check.is_tensor(cu_seqlens, "cu_seqlens")
         check.sequence_offsets(cu_seqlens, *inputs.q.shape[:2])
         check.same_device(cu_seqlens, "cu_seqlens", inputs.q, "q")
-        cu_seqlens = cu_seqlens.to(torch.int32).contiguous()
+        cu_seqlens = cu_seqlens.clamp(0, inputs.q.shape[1]).to(torch.int32).contiguous()
         rows = cu_seqlens.shape[0] - 1
     if initial_state is not None:
         _check_state(initial_state, "initial_state", inputs, rows, state_v_first)
@@ -383,7 +383,7 @@ def gated_delta_rule_step(
         check.has_dtype(state_indices, "state_indices", (torch.int32, torch.int64))
         check.has_shape(state_indices, "state_indices", "[N]", [N])
         check.same_device(state_indices, "state_indices", inputs.q, "q")
-        state_indices = state_indices.to(torch.int32).contiguous()
+        state_indices = state_indices.clamp(-1, state.shape[0]).to(torch.int32).contiguous()
     tensors = (q, k, v, g, beta, state, A_log, dt_bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         raise ValueError("gated_delta_rule_step has no gradient: call it under torch.no_grad()")

@@ -15,9 +15,7 @@ from scikit_build_core.build import (  # noqa: F401
     prepare_metadata_for_build_wheel,
 )
 
-CUDA_COMPILER = [
-    f"nvidia-{name}==13.0.*" for name in ("cuda-nvcc", "cuda-runtime", "cuda-crt", "nvvm", "cuda-cccl")
-]
+CUDA_COMPILER = [f"nvidia-{name}==13.0.*" for name in ("cuda-nvcc", "cuda-runtime", "cuda-crt", "nvvm", "cuda-cccl")]
 
 
 def _has_nvcc() -> bool:

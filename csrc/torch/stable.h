@@ -42,20 +42,29 @@ using torch::headeronly::ScalarType;
 
 inline DType dtype_of(const Tensor& tensor, const char* name) {
   switch (tensor.scalar_type()) {
-    case ScalarType::Double: return DType::kFloat64;
-    case ScalarType::Float: return DType::kFloat32;
-    case ScalarType::BFloat16: return DType::kBFloat16;
-    case ScalarType::Half: return DType::kFloat16;
-    default: STD_TORCH_CHECK(false, name, " must be float64, float32, bfloat16 or float16");
+    case ScalarType::Double:
+      return DType::kFloat64;
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    default:
+      STD_TORCH_CHECK(false, name, " must be float64, float32, bfloat16 or float16");
   }
 }
 
 inline ScalarType scalar_type_of(DType dtype) {
   switch (dtype) {
-    case DType::kFloat64: return ScalarType::Double;
-    case DType::kFloat32: return ScalarType::Float;
-    case DType::kBFloat16: return ScalarType::BFloat16;
-    default: return ScalarType::Half;
+    case DType::kFloat64:
+      return ScalarType::Double;
+    case DType::kFloat32:
+      return ScalarType::Float;
+    case DType::kBFloat16:
+      return ScalarType::BFloat16;
+    default:
+      return ScalarType::Half;
   }
 }
 
@@ -71,9 +80,7 @@ inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> size
   return out;
 }
 
-inline Tensor new_workspace(const Tensor& like, int64_t bytes) {
-  return new_tensor(like, {bytes}, ScalarType::Byte);
-}
+inline Tensor new_workspace(const Tensor& like, int64_t bytes) { return new_tensor(like, {bytes}, ScalarType::Byte); }
 
 inline void* data_or_null(const Tensor& tensor) { return tensor.numel() > 0 ? tensor.mutable_data_ptr() : nullptr; }
 inline const void* data_or_null(const OptionalTensor& tensor) {

@@ -13,7 +13,7 @@ from remora._ext import BUILD, HOST_BACKEND, LIBRARIES
 
 @dataclass(frozen=True)
 class Info:
-    """Versions, architectures and libraries of this installation; `str()` is the table `python -m remora info` prints."""
+    """Versions, architectures and libraries of this installation; `str()` is what `python -m remora info` prints."""
 
     remora: str
     python: str
@@ -45,7 +45,7 @@ class Info:
 
 def info() -> Info:
     """Reports versions, CUDA architectures built in, libraries loaded and, for each that is not, why."""
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return Info(
         remora=version("remora"),
         python=platform.python_version(),

@@ -18,10 +18,14 @@ inline Isa detect_isa() {
 
 inline const char* isa_name() {
   switch (detect_isa()) {
-    case Isa::x86_64_v4_bf16: return "x86-64-v4 with bfloat16 dot products";
-    case Isa::x86_64_v4: return "x86-64-v4";
-    case Isa::x86_64_v3: return "x86-64-v3";
-    default: return "baseline";
+    case Isa::x86_64_v4_bf16:
+      return "x86-64-v4 with bfloat16 dot products";
+    case Isa::x86_64_v4:
+      return "x86-64-v4";
+    case Isa::x86_64_v3:
+      return "x86-64-v3";
+    default:
+      return "baseline";
   }
 }
 

@@ -54,8 +54,8 @@ struct TokenInputs {
                    : new_tensor(q, {rows, shape.num_value_heads, shape.head_dim, shape.value_dim}, state_type);
   }
   void check_state(const OptionalTensor& state, const char* name, int64_t rows, bool v_first) const {
-    const auto [rank1, rank2] = v_first ? std::tuple(shape.value_dim, shape.head_dim)
-                                        : std::tuple(shape.head_dim, shape.value_dim);
+    const auto [rank1, rank2] =
+        v_first ? std::tuple(shape.value_dim, shape.head_dim) : std::tuple(shape.head_dim, shape.value_dim);
     check_dense(state, name, {rows, shape.num_value_heads, rank1, rank2}, state_type);
   }
 
@@ -91,9 +91,11 @@ std::tuple<Tensor, Tensor, Tensor> fwd(const Tensor& q, const Tensor& k, const T
   Tensor o = new_tensor(q, {s.batch, s.seqlen, s.num_value_heads, s.value_dim}, q.scalar_type());
   Tensor final_state = output_final_state ? in.new_state(s.num_seqs, state_v_first) : none_like(beta);
   const ScalarType saved_type = scalar_type_of(in.saved_dtype());
-  Tensor saved = save_states ? new_tensor(q, {num_state_slots(s.batch * s.seqlen, s.num_seqs), s.num_value_heads,
-                                              s.head_dim, s.value_dim}, saved_type)
-                             : new_tensor(q, {0}, saved_type);
+  Tensor saved =
+      save_states
+          ? new_tensor(q, {num_state_slots(s.batch * s.seqlen, s.num_seqs), s.num_value_heads, s.head_dim, s.value_dim},
+                       saved_type)
+          : new_tensor(q, {0}, saved_type);
   if (in.empty()) {
     return {o, output_final_state ? pass_state(final_state, initial_state) : final_state, saved};
   }

@@ -56,9 +56,10 @@ struct GatedDeltaRuleFwdParams {
   const int32_t* cu_seqlens;  // [N + 1] or null
   const void* initial_state;  // [N, HV, K, V] or null: zero
 
-  void* o;             // [B, T, HV, V]
-  void* final_state;   // [N, HV, K, V] or null
-  void* saved_states;  // [num_state_slots, HV, K, V] or null; for the backward pass, slots without tokens stay unwritten
+  void* o;            // [B, T, HV, V]
+  void* final_state;  // [N, HV, K, V] or null
+  void*
+      saved_states;  // [num_state_slots, HV, K, V] or null; for the backward pass, slots without tokens stay unwritten
 
   void* workspace;  // gated_delta_rule_fwd_workspace() bytes, uninitialised, 256-byte aligned; null if 0
 };
@@ -74,13 +75,13 @@ struct GatedDeltaRuleStepParams {
   const void* k;  // [B, T, H, K], k_stride
   const void* v;  // [B, T, HV, V], v_stride
   TokenStrides q_stride, k_stride, v_stride;
-  const void* g;               // [B, T, HV] log decay, or the gate's logit if a_log is given; null: no decay
-  const void* beta;            // [B, T, HV]
-  const void* a_log;           // [HV] or null; given: decay = -exp(a_log) softplus(g + dt_bias)
-  const void* dt_bias;         // [HV] or null
-  bool use_beta_sigmoid;       // beta = sigmoid(beta)
-  bool allow_neg_eigval;       // ... times two
-  const int32_t* cu_seqlens;   // [N + 1] or null
+  const void* g;                 // [B, T, HV] log decay, or the gate's logit if a_log is given; null: no decay
+  const void* beta;              // [B, T, HV]
+  const void* a_log;             // [HV] or null; given: decay = -exp(a_log) softplus(g + dt_bias)
+  const void* dt_bias;           // [HV] or null
+  bool use_beta_sigmoid;         // beta = sigmoid(beta)
+  bool allow_neg_eigval;         // ... times two
+  const int32_t* cu_seqlens;     // [N + 1] or null
   const int32_t* state_indices;  // [N] or null; outside [0, num_slots): sequence skipped, its output zero
 
   const void* initial_state;  // [N or num_slots, HV, K, V] or null: zero

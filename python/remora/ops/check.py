@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -43,7 +44,8 @@ def in_range(value: int, name: str, low: int, high: int) -> None:
 
 def sequence_offsets(cu_seqlens: Tensor, batch: int, seqlen: int) -> None:
     """Checks `cu_seqlens` [N + 1]: 0 = first <= ... <= last = T. The contents only on the CPU, where reading is free;
-    on a GPU the kernels clamp them."""
+    on a GPU the kernels clamp them.
+    """
     has_dtype(cu_seqlens, "cu_seqlens", (torch.int32, torch.int64))
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
         raise ValueError(f"cu_seqlens must have shape [N + 1] with N >= 1, got {list(cu_seqlens.shape)}")
@@ -53,8 +55,6 @@ def sequence_offsets(cu_seqlens: Tensor, batch: int, seqlen: int) -> None:
         return
     offsets = cu_seqlens.tolist()
     if offsets[0] != 0 or offsets[-1] != seqlen:
-        raise ValueError(
-            f"cu_seqlens must start with 0 and end with T = {seqlen}, got {offsets[0]} ... {offsets[-1]}"
-        )
-    if any(a > b for a, b in zip(offsets, offsets[1:], strict=False)):
+        raise ValueError(f"cu_seqlens must start with 0 and end with T = {seqlen}, got {offsets[0]} ... {offsets[-1]}")
+    if any(a > b for a, b in itertools.pairwise(offsets)):
         raise ValueError(f"cu_seqlens must not decrease, got {offsets}")

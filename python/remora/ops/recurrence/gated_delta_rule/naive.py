@@ -26,7 +26,8 @@ def naive_gated_delta_rule(
     state_v_first: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Arguments and returns of `remora.ops.chunk_gated_delta_rule`; computes in the widest dtype among q, beta, g and
-    float32, so float64 inputs give a float64 result."""
+    float32, so float64 inputs give a float64 result.
+    """
     dtype = torch.promote_types(torch.promote_types(q.dtype, beta.dtype), torch.float32)
     q, k, v, beta = (x.to(dtype) for x in (q, k, v, beta))
     g = torch.zeros_like(beta) if g is None else g.to(dtype)

@@ -1,0 +1,151 @@
+"""The command line: `python -m remora info | train | generate`."""
+
+from __future__ import annotations
+
+import argparse
+import codecs
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+DEFAULT_OUT = "remora-run"
+INTERRUPTED = 130  # 128 + SIGINT, what a shell reports
+
+# Options of `train` that set the field of TrainConfig of the same name.
+TRAIN_OPTIONS: tuple[tuple[str, type, str], ...] = (
+    ("data", str, "file or folder of text (default: the Python standard library's source)"),
+    ("steps", int, "optimizer steps"),
+    ("batch_size", int, "windows per step"),
+    ("seq_len", int, "bytes per window"),
+    ("learning_rate", float, "peak learning rate"),
+    ("warmup_steps", int, "steps over which the learning rate rises"),
+    ("mixer", str, "token mixer"),
+    ("hidden_size", int, "width of the model"),
+    ("num_layers", int, "number of layers"),
+    ("num_heads", int, "heads of the mixer"),
+    ("head_dim", int, "size of a head"),
+    ("intermediate_size", int, "inner width of the feed-forward layers"),
+    ("seed", int, "seed of initial weights and order of the data"),
+    ("dtype", str, "float32, bfloat16, or auto: bfloat16 on a GPU"),
+    ("device", str, "cpu, cuda, cuda:N, or auto: a GPU if there is one"),
+    ("eval_every", int, "steps between validations"),
+    ("eval_bytes", int, "bytes of the validation split to measure on"),
+    ("checkpoint_every", int, "steps between checkpoints"),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    parser = _make_parser()
+    arguments = vars(parser.parse_args(argv))
+    command = arguments.pop("command")
+    try:
+        return COMMANDS[command](**arguments)
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"remora {command}: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="remora", description="Memory mechanisms of modern sequence models.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("info", help="versions, architectures and libraries of this installation")
+
+    train = commands.add_parser(
+        "train",
+        help="train a byte-level language model on text",
+        description="Train a byte-level language model. Without options: on the Python standard library's own source.",
+        argument_default=argparse.SUPPRESS,
+    )
+    train.add_argument("--out", default=DEFAULT_OUT, help="folder of the run (default: %(default)s)")
+    train.add_argument("--resume", action="store_true", default=False, help="continue the run in the folder")
+    for name, kind, text in TRAIN_OPTIONS:
+        train.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
+
+    generate = commands.add_parser("generate", help="continue a prompt with a trained model")
+    generate.add_argument("--checkpoint", default=DEFAULT_OUT, help="folder of the model (default: %(default)s)")
+    generate.add_argument("--prompt", default="", help="text to continue; empty starts a new document")
+    generate.add_argument("--max-new-tokens", type=int, default=400, help="bytes to add (default: %(default)s)")
+    generate.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default: %(default)s)")
+    generate.add_argument("--top-k", type=int, help="sample among the k most likely bytes")
+    generate.add_argument("--top-p", type=float, help="sample among the most likely bytes of this total probability")
+    generate.add_argument("--seed", type=int, default=0, help="seed of the draw (default: %(default)s)")
+    generate.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, or auto (default)")
+    generate.add_argument("--dtype", default="float32", help="float32 or bfloat16 (default: %(default)s)")
+    return parser
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def _info() -> int:
+    from remora import info
+
+    _say(str(info()))
+    return 0
+
+
+def _train(out: str, resume: bool, **given: Any) -> int:
+    from remora.train import TrainConfig, Trainer, resumed_config
+
+    config = resumed_config(out, given) if resume else dataclasses.replace(TrainConfig(), **given)
+    trainer = Trainer(config, out, resume)
+    _say(f"text      {trainer.corpus.description}")
+    _say(
+        f"model     {config.mixer}, {config.num_layers} layers of width {config.hidden_size}, "
+        f"{trainer.model.num_parameters / 1e6:.2f} M parameters, {trainer.device}, {trainer.dtype}"
+    )
+    _say(f"baseline  order-2 byte n-gram: {trainer.baseline:.3f} bits per byte on the same validation bytes")
+    if trainer.finished:
+        raise ValueError(f"the run in {out} is complete at step {trainer.step}; --steps takes it further")
+    interrupted = trainer.run()
+    if interrupted:
+        _say(f"interrupted at step {trainer.step}; continue with: python -m remora train --out {out} --resume")
+        return INTERRUPTED
+    bits = next(e["validation_bits_per_byte"] for e in reversed(trainer.log) if "validation_bits_per_byte" in e)
+    _say(f"validation {bits:.3f} bits per byte; order-2 byte n-gram {trainer.baseline:.3f}")
+    _say(f"{trainer.seconds:.0f} s of training; model, checkpoint, log and loss curve are in {Path(out).resolve()}")
+    _say(f'next: python -m remora generate --checkpoint {out} --prompt "def "')
+    return 0
+
+
+def _generate(
+    checkpoint: str,
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int,
+    device: str,
+    dtype: str,
+) -> int:
+    import torch
+
+    from remora.models import LanguageModel
+    from remora.train.data import SEPARATOR
+    from remora.train.trainer import choose_device, choose_dtype
+
+    target = choose_device(device)
+    model = LanguageModel.from_pretrained(checkpoint, target, choose_dtype(dtype, target))
+    if model.config.vocab_size != 256:
+        raise ValueError(f"{checkpoint} has a vocabulary of {model.config.vocab_size}; only byte-level models work")
+    tokens = torch.tensor([[SEPARATOR, *prompt.encode()]] if not prompt else [list(prompt.encode())], device=target)
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    sys.stdout.write(prompt)
+    for token in model.stream(tokens, max_new_tokens, temperature, top_k, top_p, seed):
+        if int(token) == SEPARATOR:
+            break
+        sys.stdout.write(decoder.decode(bytes([int(token)])))
+        sys.stdout.flush()
+    _say(decoder.decode(b"", final=True))
+    return 0
+
+
+COMMANDS: dict[str, Callable[..., int]] = {"info": _info, "train": _train, "generate": _generate}

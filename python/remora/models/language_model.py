@@ -1,0 +1,273 @@
+"""A decoder language model around any token mixer."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from remora.models.files import replacing
+from remora.models.mixers import Mixer, get_mixer
+from remora.models.sampling import sample
+from remora.modules import Cache, RMSNorm, SwiGLU
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True, slots=True)
+class LanguageModelConfig:
+    """Everything that determines a `LanguageModel`'s shape and initialisation.
+
+    Attributes:
+        vocab_size: number of tokens; 256 reads bytes.
+        hidden_size: `D`, the width of the residual stream.
+        num_layers: number of blocks.
+        mixer: registered name of the token mixer.
+        mixer_options: keyword arguments of the mixer.
+        intermediate_size: inner width of the SwiGLU layers; None takes that layer's default.
+        norm_eps: epsilon of all normalisations.
+        tie_embeddings: whether the output layer uses the embedding's weights.
+        initializer_range: standard deviation of the initial weights of embeddings and projections.
+    """
+
+    vocab_size: int = 256
+    hidden_size: int = 256
+    num_layers: int = 4
+    mixer: str = "gated_delta_net"
+    mixer_options: dict[str, Any] = field(default_factory=dict)
+    intermediate_size: int | None = None
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+    initializer_range: float = 0.02
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "num_layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        get_mixer(self.mixer)
+
+    def to_json(self) -> str:
+        """Return the configuration as a JSON document."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> LanguageModelConfig:
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError: a name is not a field of the configuration, or a value is out of range.
+        """
+        values = json.loads(text)
+        unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
+        if unknown:
+            raise ValueError(f"unknown names in the model configuration: {', '.join(unknown)}")
+        return cls(**values)
+
+
+class LanguageModelOutput(NamedTuple):
+    """What a forward pass returns.
+
+    Attributes:
+        logits: `[B, T, vocab]`, or `[B, 1, vocab]` when only the last token's were asked for.
+        loss: mean cross entropy in nats, fp32 scalar; None without targets.
+    """
+
+    logits: Tensor
+    loss: Tensor | None
+
+
+class Block(nn.Module):
+    """Pre-norm residual block: `h = x + mixer(norm(x))`, `y = h + swiglu(norm(h))`."""
+
+    def __init__(self, config: LanguageModelConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.attn_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.attn = get_mixer(config.mixer)(
+            hidden_size=config.hidden_size, layer_idx=layer_idx, norm_eps=config.norm_eps, **config.mixer_options
+        )
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
+
+    def forward(self, x: Tensor, cache: Cache | None, cu_seqlens: Tensor | None) -> Tensor:
+        x = x + cast(Mixer, self.attn)(self.attn_norm(x), cache=cache, cu_seqlens=cu_seqlens)
+        y: Tensor = x + self.mlp(self.mlp_norm(x))
+        return y
+
+
+class LanguageModel(nn.Module):
+    """Decoder language model: embedding, blocks of mixer and SwiGLU, norm, output layer.
+
+    Parameter names are those of flash-linear-attention's models below their `model.` prefix. Projections and
+    embeddings start normal with standard deviation `initializer_range`; projections that write to the residual stream
+    have it divided by `sqrt(2 * num_layers)` (Radford et al., "Language Models are Unsupervised Multitask Learners",
+    2019). The mixers' own parameters (gates, convolutions) keep the initialisation of their modules.
+
+    Args:
+        config: the shape of the model.
+
+    Raises:
+        ValueError: the mixer is unknown, or its options do not fit.
+    """
+
+    def __init__(self, config: LanguageModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer_idx) for layer_idx in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.lm_head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the initial weights from torch's default generator."""
+        std = self.config.initializer_range
+        nn.init.normal_(self.embeddings.weight, std=std)
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                writes_residual = name.endswith(("o_proj", "down_proj"))
+                nn.init.normal_(module.weight, std=std / math.sqrt(2 * len(self.layers)) if writes_residual else std)
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        targets: Tensor | None = None,
+        cache: Cache | None = None,
+        cu_seqlens: Tensor | None = None,
+        last_token_only: bool = False,
+    ) -> LanguageModelOutput:
+        """Predict the token after each input token.
+
+        Args:
+            input_ids: `[B, T]` integer; `[1, T]` with `cu_seqlens`.
+            targets: `[B, T]` integer, the token that follows each input token; -100 is left out of the loss.
+            cache: state to continue from and to update.
+            cu_seqlens: `[N + 1]` integer, boundaries of the sequences packed in one row.
+            last_token_only: compute the logits of the last token only, as a prefill needs them.
+
+        Raises:
+            ValueError: `input_ids` or `targets` has the wrong shape, or targets come with `last_token_only`.
+        """
+        if input_ids.dim() != 2:
+            raise ValueError(f"input_ids must be [B, T], got {list(input_ids.shape)}")
+        if targets is not None and (targets.shape != input_ids.shape or last_token_only):
+            raise ValueError(
+                f"targets must be {list(input_ids.shape)} like input_ids, got {list(targets.shape)}"
+                + (" with last_token_only" if last_token_only else "")
+            )
+        x = self.embeddings(input_ids)
+        for layer in self.layers:
+            x = layer(x, cache, cu_seqlens)
+        if last_token_only:
+            x = x[:, -1:]
+        x = self.norm(x)
+        logits = F.linear(x, self.embeddings.weight) if self.lm_head is None else self.lm_head(x)
+        loss = None
+        if targets is not None:
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX)
+        return LanguageModelOutput(logits, loss)
+
+    @torch.inference_mode()
+    def stream(
+        self,
+        input_ids: Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+    ) -> Iterator[Tensor]:
+        """Continue each row of `input_ids` `[B, T]`, yielding the new tokens `[B]` one step at a time.
+
+        The prompt is read once; every further token is a decode step whose cost does not depend on what came before.
+        Arguments as in `generate`.
+        """
+        if input_ids.dim() != 2 or input_ids.shape[1] == 0:
+            raise ValueError(f"input_ids must be [B, T] with at least one token, got {list(input_ids.shape)}")
+        generator = None
+        if seed is not None:
+            generator = torch.Generator(input_ids.device).manual_seed(seed)
+        cache = Cache()
+        for _ in range(max_new_tokens):
+            logits = self(input_ids, cache=cache, last_token_only=True).logits[:, -1]
+            tokens = sample(logits, temperature, top_k, top_p, generator)
+            yield tokens
+            input_ids = tokens[:, None]
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+    ) -> Tensor:
+        """Continue each row of `input_ids`.
+
+        Args:
+            input_ids: `[B, T]` integer, the prompts, at least one token long.
+            max_new_tokens: how many tokens to add.
+            temperature: divides the logits; 0 always takes the most likely token.
+            top_k: sample among the `top_k` most likely tokens.
+            top_p: sample among the smallest set of most likely tokens whose probability reaches `top_p`.
+            seed: makes the draw repeatable; None uses torch's default generator.
+
+        Returns:
+            `[B, T + max_new_tokens]`, prompts and continuations.
+
+        Raises:
+            ValueError: the prompt is empty or an option is out of range.
+        """
+        new_tokens = self.stream(input_ids, max_new_tokens, temperature, top_k, top_p, seed)
+        return torch.cat([input_ids, *(tokens[:, None] for tokens in new_tokens)], dim=1)
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Write `config.json` and `model.safetensors`; each file appears complete or not at all."""
+        path = Path(directory)
+        path.mkdir(parents=True, exist_ok=True)
+        with replacing(path / CONFIG_NAME) as temporary:
+            temporary.write_text(self.config.to_json(), encoding="utf-8")
+        with replacing(path / WEIGHTS_NAME) as temporary:
+            weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+            safetensors.torch.save_file(weights, temporary, metadata={"format": "pt"})
+
+    @classmethod
+    def from_pretrained(
+        cls, directory: str | os.PathLike[str], device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    ) -> LanguageModel:
+        """Build the model that `save_pretrained` wrote.
+
+        Args:
+            directory: folder with `config.json` and `model.safetensors`.
+            device: where to put it.
+            dtype: dtype of the parameters; None keeps the stored one.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            RuntimeError: the weights do not fit the configuration.
+        """
+        path = Path(directory)
+        config = LanguageModelConfig.from_json((path / CONFIG_NAME).read_text(encoding="utf-8"))
+        weights = safetensors.torch.load_file(path / WEIGHTS_NAME)
+        with torch.device("meta"):
+            model = cls(config)
+        # A copy even on the CPU: the loaded tensors may sit at any alignment.
+        copies = {name: tensor.to(device, dtype or tensor.dtype, copy=True) for name, tensor in weights.items()}
+        model.load_state_dict(copies, assign=True)
+        return model

@@ -1,0 +1,9 @@
+"""Layers: parameters, initialisation, and the state for decoding."""
+
+from remora.modules.cache import Cache, LayerCache
+from remora.modules.convolution import ShortConvolution
+from remora.modules.gated_delta_net import GatedDeltaNet
+from remora.modules.mlp import SwiGLU
+from remora.modules.normalization import GatedRMSNorm, RMSNorm
+
+__all__ = ["Cache", "GatedDeltaNet", "GatedRMSNorm", "LayerCache", "RMSNorm", "ShortConvolution", "SwiGLU"]

@@ -7,7 +7,7 @@ Compile with `nvcc -cubin -arch=sm_90a`."""
 import argparse
 
 from . import kernel
-from .machine import H100, H200, UNCALIBRATED
+from .machine import H100, H200, H200_FITTED
 
 
 def dims(text: str) -> tuple[int, int, int]:
@@ -29,9 +29,9 @@ def main(argv: list[str] | None = None) -> int:
     ap.add_argument("--conflict", type=float, default=1.0, help="shared-memory wavefronts over the least possible")
     ap.add_argument("--branch", action="append", default=[], metavar="ADDRESS=0|1", help="decide a branch whose condition is not known")
     ap.add_argument("--per", type=float, default=1.0, help="divide cycles and counts by this, for example the chunks of a CTA")
-    ap.add_argument("--machine", choices=["h200", "h100", "h200-unfitted"], default="h200")
+    ap.add_argument("--machine", choices=["h200", "h100", "h200-fitted"], default="h200")
     o = ap.parse_args(argv)
-    m = {"h200": H200, "h100": H100, "h200-unfitted": UNCALIBRATED}[o.machine]
+    m = {"h200": H200, "h100": H100, "h200-fitted": H200_FITTED}[o.machine]
     k = kernel.load(o.cubin, o.function)
     decisions = {int(a, 0): b == "1" for a, _, b in (x.partition("=") for x in o.branch)}
     params = bytes.fromhex(o.params_hex) if o.params_hex else kernel.pack(o.params)

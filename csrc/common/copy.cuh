@@ -1,0 +1,66 @@
+// Copies from global to shared memory: cp.async in 16- and 4-byte pieces with zero fill, element-wise where the tensor
+// is not 16-byte aligned.
+#pragma once
+#include "common/smem_tile.cuh"
+
+namespace remora {
+
+/// Copies 16 bytes, or writes zeros if not valid; `src` must be readable memory's address only if valid.
+__device__ __forceinline__ void cp_async_16(uint32_t dst, const void* src, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(valid ? 16 : 0) : "memory");
+}
+__device__ __forceinline__ void cp_async_4(uint32_t dst, const void* src, bool valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(dst), "l"(src), "r"(valid ? 4 : 0) : "memory");
+}
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+/// Waits until at most kPending of this thread's committed groups are in flight.
+template <int kPending>
+__device__ __forceinline__ void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+/// Sixteen bytes of a row that may begin anywhere and end within them; zeros from element `num_valid` on.
+template <typename T>
+__device__ __forceinline__ uint4 load_unaligned_16(const T* src, int num_valid) {
+  constexpr int kCount = 16 / sizeof(T);
+  union {
+    uint4 vector;
+    T element[kCount];
+  } x;
+  x.vector = make_uint4(0, 0, 0, 0);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    if (i < num_valid) x.element[i] = src[i];
+  }
+  return x.vector;
+}
+
+/// Rows [0, num_rows) and columns [0, num_cols) of a matrix with contiguous rows to a swizzled tile of ROWS x COLS,
+/// zeros elsewhere, by kNumThreads threads. `is_aligned`: src, stride_row and num_cols allow 16-byte pieces.
+template <typename T, int ROWS, int COLS, int kNumThreads>
+__device__ __forceinline__ void copy_tile_async(uint32_t dst, const T* src, int64_t stride_row, int num_rows,
+                                                int num_cols, bool is_aligned, int thread_idx) {
+  using Tile = SmemTile<T, COLS>;
+  constexpr int kElements = 16 / sizeof(T);
+  constexpr int kUnits = COLS / kElements;
+  static_assert(kUnits <= kNumThreads && kNumThreads % kUnits == 0, "a thread keeps its column");
+  constexpr int kRowStep = kNumThreads / kUnits;
+  const int col = thread_idx % kUnits * kElements;
+  const T* src_col = src + col;
+#pragma unroll
+  for (int row0 = 0; row0 < ROWS; row0 += kRowStep) {
+    const int row = row0 + thread_idx / kUnits;
+    if (ROWS % kRowStep != 0 && row >= ROWS) break;
+    const uint32_t address = dst + Tile::offset(row, col);
+    const bool valid = row < num_rows && col < num_cols;
+    const T* src_row = valid ? src_col + row * stride_row : src;
+    if (is_aligned) {
+      cp_async_16(address, src_row, valid);
+    } else {
+      store_shared(address, load_unaligned_16(src_row, valid ? num_cols - col : 0));
+    }
+  }
+}
+
+}  // namespace remora

@@ -1,0 +1,323 @@
+// The part of a chunk that depends on neither the state nor V: gates, norms, and two lower triangular matrices.
+//
+//   G_i    = g_1 + ... + g_i                               local cumulative log decay, kept in units of log 2
+//   rk_i   = 1 / sqrt(|k_i|^2 + 1e-6), rq_i likewise       or 1 without use_qk_l2norm
+//   A_ij   = scale rq_i rk_j (q_i . k_j) e^{G_i - G_j}     i >= j, else 0
+//   Y      : (I + L diag(beta)) Y0 = L with L_ij = rk_i rk_j (k_i . k_j), i > j;  Y_ij = Y0_ij e^{G_i - G_j}
+//
+// A and -Y are stored as 16x16 blocks on and below the diagonal (CausalTile), in the element type. |Y| <= 1 for unit
+// keys and 0 <= beta <= 2, and the gate is applied to the solved Y0: the inverse never sees it.
+//
+// Inverse: diagonal blocks by forward substitution in fp32, one lane a column; below them, column of blocks j by
+// one warp in the transposed form, so that accumulators feed the next product as operands:
+//   X^T = L_ij^T - sum_{j <= m < i} (Y0_mj^T diag(beta_m)) L_im^T ;  Y0_ij^T = X^T - (X^T diag(beta_i)) Y0_ii^T
+// The products are tf32 (3xTF32 for float), the identity parts exact.
+//
+// Causal to the bit: an entry above the diagonal is selected to zero, and what multiplies such zeros is kept finite
+// (`bounded`), so a later token's NaN or overflow never reaches an earlier token's row.
+#pragma once
+#include <type_traits>
+
+#include "common/barrier.cuh"
+#include "common/mma.cuh"
+#include "common/reduce.cuh"
+#include "common/smem_tile.cuh"
+
+namespace remora {
+
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kMinLogDecay = -88.f;
+constexpr float kNormEpsilon = 1e-6f;
+
+/// Per-token numbers of one chunk, in shared memory. `g` (natural log) and `beta` are inputs; tokens past the end of
+/// the sequence have g = beta = 0 and zero rows of K and Q, which makes them no-ops.
+template <int BLOCK_T>
+struct ChunkCoefficients {
+  alignas(128) float g[BLOCK_T];
+  float beta[BLOCK_T];
+  float cumsum[BLOCK_T];  // G in units of log 2
+  float rstd_k[BLOCK_T];
+  float rstd_q[BLOCK_T];
+  float k_in[BLOCK_T];   // rk_i e^{G_i}: weights k_i where it meets the state entering the chunk
+  float k_out[BLOCK_T];  // rk_i e^{G_C - G_i}: where it meets the state leaving it
+  float q_in[BLOCK_T];   // scale rq_i e^{G_i}
+};
+
+/// Blocks (i, j), i >= j, of a lower triangular matrix of BLOCK_T x BLOCK_T, one after another.
+template <typename T, int BLOCK_T>
+struct CausalTile {
+  static constexpr int NUM_BLOCKS = BLOCK_T / 16;
+  static constexpr int SIZE = NUM_BLOCKS * (NUM_BLOCKS + 1) / 2 * SmemBlock<T>::SIZE;
+  __device__ static constexpr int block(int i, int j) { return (i * (i + 1) / 2 + j) * SmemBlock<T>::SIZE; }
+};
+
+/// Shared memory of one chunk as prepare_chunk sees it: addresses in the shared window.
+template <int BLOCK_T>
+struct ChunkTiles {
+  uint32_t k, q;     // SmemTile<T, HEAD_DIM> of BLOCK_T rows
+  uint32_t a, y;     // CausalTile<T, BLOCK_T>, written: A and -Y
+  uint32_t scratch;  // CausalTile<float, BLOCK_T>, L and the diagonal blocks of Y0 afterwards
+  ChunkCoefficients<BLOCK_T>* coef;
+};
+
+__device__ __forceinline__ float bounded(float x) { return fminf(fmaxf(x, -1e30f), 1e30f); }
+
+/// g as the kernels use it: -inf and below become a decay of e^-88; NaN stays.
+__device__ __forceinline__ float clamp_log_decay(float g) { return g < kMinLogDecay ? kMinLogDecay : g; }
+
+template <typename T>
+__device__ __forceinline__ void mma_merge(FragC& c, const FragA<float>& a, const FragB<float>& b) {
+  if constexpr (sizeof(T) == 4) {
+    mma(c, a, b);
+  } else {
+    mma_tf32(c, a, b);
+  }
+}
+
+/// rstd of rows [row0, row0 + 16) of a tile, from the diagonal of X X^T.
+template <typename T, int HEAD_DIM>
+__device__ __forceinline__ void compute_rstd(uint32_t tile, int row0, float* rstd) {
+  FragC gram[2] = {};
+#pragma unroll
+  for (int col = 0; col < HEAD_DIM; col += 16) {
+    const FragA<T> x = SmemTile<T, HEAD_DIM>::load_a(tile, row0, col);
+    mma(gram[0], x, transposed_half(x, 0));
+    mma(gram[1], x, transposed_half(x, 1));
+  }
+  const int lane_idx = threadIdx.x % 32;
+  const int row = lane_idx / 4;
+  if (lane_idx % 4 == row / 2) {
+    rstd[row0 + row] = rsqrtf((row % 2 ? gram[0].r[1] : gram[0].r[0]) + kNormEpsilon);
+    rstd[row0 + row + 8] = rsqrtf((row % 2 ? gram[1].r[3] : gram[1].r[2]) + kNormEpsilon);
+  }
+}
+
+/// G of the chunk, by one warp.
+template <int BLOCK_T>
+__device__ __forceinline__ void compute_cumsum(ChunkCoefficients<BLOCK_T>& coef) {
+  const int lane_idx = threadIdx.x % 32;
+  if constexpr (BLOCK_T == 64) {
+    const float first = clamp_log_decay(coef.g[2 * lane_idx]) * kLog2e;
+    const float second = clamp_log_decay(coef.g[2 * lane_idx + 1]) * kLog2e;
+    // The scan is over pairs, but no token may depend on the second of its own pair.
+    const float below = __shfl_up_sync(kFullWarp, warp_inclusive_sum(first + second), 1);
+    const float before = lane_idx == 0 ? 0.f : below;
+    coef.cumsum[2 * lane_idx] = before + first;
+    coef.cumsum[2 * lane_idx + 1] = before + (first + second);
+  } else {
+    static_assert(BLOCK_T == 32);
+    coef.cumsum[lane_idx] = warp_inclusive_sum(clamp_log_decay(coef.g[lane_idx]) * kLog2e);
+  }
+}
+
+/// Row of blocks kRow of A (written) and of L (to scratch).
+template <typename T, int HEAD_DIM, int BLOCK_T, bool kHasQ, int kRow>
+__device__ __forceinline__ void compute_pair_row(const ChunkTiles<BLOCK_T>& tiles, float scale) {
+  using Tile = SmemTile<T, HEAD_DIM>;
+  using Causal = CausalTile<T, BLOCK_T>;
+  FragC kk[kRow + 1][2] = {}, qk[kRow + 1][2] = {};
+#pragma unroll
+  for (int col = 0; col < HEAD_DIM; col += 16) {
+    const FragA<T> k_row = Tile::load_a(tiles.k, kRow * 16, col);
+    FragA<T> q_row;
+    if constexpr (kHasQ) q_row = Tile::load_a(tiles.q, kRow * 16, col);
+#pragma unroll
+    for (int j = 0; j <= kRow; ++j) {
+      FragB<T> k_col[2];
+      if (j == kRow) {
+        k_col[0] = transposed_half(k_row, 0);
+        k_col[1] = transposed_half(k_row, 1);
+      } else {
+        Tile::load_b(k_col, tiles.k, j * 16, col);
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        mma(kk[j][half], k_row, k_col[half]);
+        if constexpr (kHasQ) mma(qk[j][half], q_row, k_col[half]);
+      }
+    }
+  }
+  const ChunkCoefficients<BLOCK_T>& coef = *tiles.coef;
+  const int row = threadIdx.x % 32 / 4, col = threadIdx.x % 4 * 2;
+  float row_cumsum[2], row_rk[2], row_rq[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int token = kRow * 16 + i * 8 + row;
+    row_cumsum[i] = coef.cumsum[token];
+    row_rk[i] = coef.rstd_k[token];
+    row_rq[i] = coef.rstd_q[token] * scale;
+  }
+#pragma unroll
+  for (int j = 0; j <= kRow; ++j) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int token = j * 16 + half * 8 + col;
+      const float2 col_cumsum = *reinterpret_cast<const float2*>(&coef.cumsum[token]);
+      const float2 col_rk = *reinterpret_cast<const float2*>(&coef.rstd_k[token]);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float cumsum_j = i % 2 ? col_cumsum.y : col_cumsum.x;
+        const float rk_j = i % 2 ? col_rk.y : col_rk.x;
+        const int distance = kRow * 16 + i / 2 * 8 + row - (token + i % 2);
+        float& l = kk[j][half].r[i];
+        l = bounded(l * (row_rk[i / 2] * rk_j));
+        if (j == kRow) l = distance > 0 ? l : 0.f;
+        if constexpr (kHasQ) {
+          float& a = qk[j][half].r[i];
+          const float exponent = row_cumsum[i / 2] - cumsum_j;
+          a *= row_rq[i / 2] * rk_j * exp2_approx(j == kRow && distance < 0 ? 0.f : exponent);
+          if (j == kRow) a = distance >= 0 ? a : 0.f;
+        }
+      }
+    }
+    SmemBlock<float>::store_c(tiles.scratch + CausalTile<float, BLOCK_T>::block(kRow, j), kk[j]);
+    if constexpr (kHasQ) SmemBlock<T>::store_c(tiles.a + Causal::block(kRow, j), qk[j]);
+  }
+}
+
+/// Diagonal block `j` of Y0 over L in scratch, and of -Y.
+template <typename T, int BLOCK_T>
+__device__ __forceinline__ void solve_diagonal(const ChunkTiles<BLOCK_T>& tiles, int j) {
+  const ChunkCoefficients<BLOCK_T>& coef = *tiles.coef;
+  const uint32_t block = tiles.scratch + CausalTile<float, BLOCK_T>::block(0, 0) + (j * (j + 1) / 2 + j) * 1024;
+  const int lane_idx = threadIdx.x % 32;
+  const int col = lane_idx % 16;
+  float y[16], beta_y[16];
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    float sum = load_shared(block + SmemBlock<float>::offset(i, col));
+#pragma unroll
+    for (int m4 = 0; m4 < i; m4 += 4) {
+      const float4 l = load_shared_4(block + SmemBlock<float>::offset(i, m4));
+#pragma unroll
+      for (int m = m4; m < min(m4 + 4, i); ++m) {
+        sum -= (m % 4 == 0 ? l.x : m % 4 == 1 ? l.y : m % 4 == 2 ? l.z : l.w) * beta_y[m];
+      }
+    }
+    y[i] = i > col ? sum : 0.f;
+    beta_y[i] = i > col ? sum * coef.beta[j * 16 + i] : 0.f;
+  }
+  __syncwarp();
+  const uint32_t out = tiles.y + (j * (j + 1) / 2 + j) * SmemBlock<T>::SIZE;
+  const float col_cumsum = coef.cumsum[j * 16 + col];
+  if (lane_idx < 16) {
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      store_shared(block + SmemBlock<float>::offset(i, col), y[i]);
+      const float decay = exp2_approx(i > col ? coef.cumsum[j * 16 + i] - col_cumsum : 0.f);
+      store_shared(out + SmemBlock<T>::offset(i, col), static_cast<T>(i > col ? -y[i] * decay : 0.f));
+    }
+  }
+}
+
+/// Blocks of -Y below the diagonal in column of blocks kCol.
+template <typename T, int BLOCK_T, int kCol>
+__device__ __forceinline__ void solve_column(const ChunkTiles<BLOCK_T>& tiles) {
+  constexpr int NUM_BLOCKS = BLOCK_T / 16;
+  using Scratch = CausalTile<float, BLOCK_T>;
+  using Block = SmemBlock<float>;
+  const ChunkCoefficients<BLOCK_T>& coef = *tiles.coef;
+  const int row = threadIdx.x % 32 / 4, col = threadIdx.x % 4 * 2;
+
+  // -(Y0_mj^T diag(beta_m)), rows: columns of block j, columns: tokens of block m
+  FragA<float> y_beta[NUM_BLOCKS];
+  const auto scale_columns = [&](const FragC(&y)[2], int m) {
+    FragA<float> a;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float2 beta = *reinterpret_cast<const float2*>(&coef.beta[m * 16 + half * 8 + col]);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) a.r[half * 4 + i] = y[half].r[i] * -(i % 2 ? beta.y : beta.x);
+    }
+    return a;
+  };
+
+  FragC y[2];
+  Block::load_c_trans(y, tiles.scratch + Scratch::block(kCol, kCol));
+  y_beta[kCol] = scale_columns(y, kCol);
+  const float col_cumsum[2] = {coef.cumsum[kCol * 16 + row], coef.cumsum[kCol * 16 + row + 8]};
+#pragma unroll
+  for (int i = kCol + 1; i < NUM_BLOCKS; ++i) {
+    FragC x[2];
+    Block::load_c_trans(x, tiles.scratch + Scratch::block(i, kCol));
+#pragma unroll
+    for (int m = kCol; m < i; ++m) {
+      FragB<float> l[2];
+      Block::load_b(l, tiles.scratch + Scratch::block(i, m));
+      mma_merge<T>(x[0], y_beta[m], l[0]);
+      mma_merge<T>(x[1], y_beta[m], l[1]);
+    }
+#pragma unroll
+    for (int r = 0; r < 8; ++r) x[r / 4].r[r % 4] = bounded(x[r / 4].r[r % 4]);
+    const FragA<float> x_beta = scale_columns(x, i);
+    FragB<float> y_diagonal[2];
+    Block::load_b(y_diagonal, tiles.scratch + Scratch::block(i, i));
+    mma_merge<T>(x[0], x_beta, y_diagonal[0]);
+    mma_merge<T>(x[1], x_beta, y_diagonal[1]);
+    if (i + 1 < NUM_BLOCKS) y_beta[i] = scale_columns(x, i);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float2 row_cumsum = *reinterpret_cast<const float2*>(&coef.cumsum[i * 16 + half * 8 + col]);
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        x[half].r[r] *= -exp2_approx((r % 2 ? row_cumsum.y : row_cumsum.x) - col_cumsum[r / 2]);
+      }
+    }
+    SmemBlock<T>::store_c_trans(tiles.y + CausalTile<T, BLOCK_T>::block(i, kCol), x);
+  }
+}
+
+/// Calls body(integral constant i) for the kCount items dealt round-robin, last first, to the warps of the role.
+template <int kCount, int kNumWarps, typename Body, int kItem = kCount - 1>
+__device__ __forceinline__ void for_own_items(int warp_idx, const Body& body) {
+  if constexpr (kItem >= 0) {
+    if ((kCount - 1 - kItem) % kNumWarps == warp_idx) body(std::integral_constant<int, kItem>{});
+    for_own_items<kCount, kNumWarps, Body, kItem - 1>(warp_idx, body);
+  }
+}
+
+/// Everything above for one chunk, by kNumWarps warps that share barrier `barrier_id`. K, Q, g and beta must be visible
+/// to all of them; what it writes is visible to its own warp only, until the next barrier. Without kHasQ neither
+/// Q nor A is touched.
+template <typename T, int HEAD_DIM, int BLOCK_T, int kNumWarps, bool kHasQ = true>
+__device__ __forceinline__ void prepare_chunk(const ChunkTiles<BLOCK_T>& tiles, float scale, bool use_qk_l2norm,
+                                              int warp_idx, int barrier_id) {
+  constexpr int NUM_BLOCKS = BLOCK_T / 16;
+  ChunkCoefficients<BLOCK_T>& coef = *tiles.coef;
+  const int thread_idx = warp_idx * 32 + threadIdx.x % 32;
+
+  // Norms and gates
+  if (use_qk_l2norm) {
+#pragma unroll 1
+    for (int i = warp_idx; i < NUM_BLOCKS; i += kNumWarps) {
+      compute_rstd<T, HEAD_DIM>(tiles.k, i * 16, coef.rstd_k);
+      if constexpr (kHasQ) compute_rstd<T, HEAD_DIM>(tiles.q, i * 16, coef.rstd_q);
+    }
+  } else {
+    for (int i = thread_idx; i < BLOCK_T; i += kNumWarps * 32) coef.rstd_k[i] = coef.rstd_q[i] = 1.f;
+  }
+  if (warp_idx == kNumWarps - 1) compute_cumsum(coef);
+  role_barrier<kNumWarps>(barrier_id);
+
+  // Coefficients and pairs
+  const float last_cumsum = coef.cumsum[BLOCK_T - 1];
+  for (int i = thread_idx; i < BLOCK_T; i += kNumWarps * 32) {
+    const float cumsum = coef.cumsum[i];
+    const float decay = exp2_approx(cumsum);
+    coef.k_in[i] = coef.rstd_k[i] * decay;
+    coef.k_out[i] = coef.rstd_k[i] * exp2_approx(last_cumsum - cumsum);
+    if constexpr (kHasQ) coef.q_in[i] = scale * coef.rstd_q[i] * decay;
+  }
+  for_own_items<NUM_BLOCKS, kNumWarps>(
+      warp_idx, [&](auto row) { compute_pair_row<T, HEAD_DIM, BLOCK_T, kHasQ, decltype(row)::value>(tiles, scale); });
+  role_barrier<kNumWarps>(barrier_id);
+
+  // Inverse
+#pragma unroll 1
+  for (int j = NUM_BLOCKS - 1 - warp_idx; j >= 0; j -= kNumWarps) solve_diagonal<T, BLOCK_T>(tiles, j);
+  role_barrier<kNumWarps>(barrier_id);
+  for_own_items<NUM_BLOCKS, kNumWarps>(warp_idx,
+                                       [&](auto col) { solve_column<T, BLOCK_T, decltype(col)::value>(tiles); });
+}
+
+}  // namespace remora

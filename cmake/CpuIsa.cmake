@@ -1,25 +1,22 @@
-# CPU kernels are compiled once per instruction set and chosen at run time.
+# CPU kernels are compiled once per instruction set, each in a file of its own, and chosen at run time by cpu.cpp.
+set(REMORA_CPU_FLAGS_baseline "")
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
+  set(REMORA_CPU_ISAS baseline x86_64_v3 x86_64_v4 x86_64_v4_bf16)
+  set(REMORA_CPU_FLAGS_x86_64_v3 -march=x86-64-v3)
+  set(REMORA_CPU_FLAGS_x86_64_v4 -march=x86-64-v4 -mprefer-vector-width=512)
+  set(REMORA_CPU_FLAGS_x86_64_v4_bf16 -march=x86-64-v4 -mavx512bf16 -mprefer-vector-width=512)
+else()
+  set(REMORA_CPU_ISAS baseline)
+endif()
 
-# remora_cpu_isa_sources(<target> <operator folder>...): adds cpu.cpp, which chooses, and cpu_kernel.cpp once for every
-# instruction set, with REMORA_CPU_ISA naming the namespace of its code.
-function(remora_cpu_isa_sources target)
-  if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
-    set(isas baseline x86_64_v3 x86_64_v4 x86_64_v4_bf16)
-  else()
-    set(isas baseline)
-  endif()
-  set(flags_baseline "")
-  set(flags_x86_64_v3 -march=x86-64-v3)
-  set(flags_x86_64_v4 -march=x86-64-v4 -mprefer-vector-width=512)
-  set(flags_x86_64_v4_bf16 -march=x86-64-v4 -mavx512bf16 -mprefer-vector-width=512)
+# remora_cpu_sources(<target> <operator folder>...): cpu.cpp and one cpu_<isa>.cpp for every instruction set.
+function(remora_cpu_sources target)
   foreach(operator IN LISTS ARGN)
     target_sources(${target} PRIVATE csrc/${operator}/cpu.cpp)
-    string(REPLACE "/" "_" name "${operator}")
-    foreach(isa IN LISTS isas)
-      add_library(${name}_${isa} OBJECT csrc/${operator}/cpu_kernel.cpp)
-      target_compile_definitions(${name}_${isa} PRIVATE REMORA_CPU_ISA=${isa})
-      target_compile_options(${name}_${isa} PRIVATE -O3 -fno-math-errno ${flags_${isa}})
-      target_sources(${target} PRIVATE $<TARGET_OBJECTS:${name}_${isa}>)
+    foreach(isa IN LISTS REMORA_CPU_ISAS)
+      target_sources(${target} PRIVATE csrc/${operator}/cpu_${isa}.cpp)
+      set_source_files_properties(csrc/${operator}/cpu_${isa}.cpp PROPERTIES COMPILE_OPTIONS
+                                  "-O3;-fno-math-errno;${REMORA_CPU_FLAGS_${isa}}")
     endforeach()
   endforeach()
 endfunction()

@@ -1,0 +1,259 @@
+// Register-blocked products of a chunk of tokens with panels one vector wide.
+//
+//   operand  [n / kPack][kChunk] words: feature-major tokens, broadcast one word at a time
+//   panel    [n / kPack][width] words: one vector per feature
+//
+// A word is one element, or with bf16 dot instructions the two neighbours along the summed dimension. The sixteen
+// accumulators (eight where there are 16 registers) and the vector they share never leave the register file; every
+// multiplication reads its broadcast operand from L1.
+#pragma once
+#include "common/cpu/simd.h"
+
+namespace remora::REMORA_CPU_ISA {
+
+/// Tokens of a chunk: as many as leave half of the registers for everything else.
+constexpr int kChunk = kNumRegisters / 2;
+
+/// Dimensions are zero-padded to this; a multiple of the chunk, of every vector width and of two.
+constexpr int64_t kPadding = 16;
+constexpr int64_t pad(int64_t dim) { return (dim + kPadding - 1) / kPadding * kPadding; }
+
+/// Products in T.
+template <class T>
+struct Multiply {
+  using Real = T;
+  using Word = T;
+  using Row = T;  // element of a matrix about to become an operand
+  static constexpr int kPack = 1;
+
+  static REMORA_INLINE void accumulate(Vec<T>& acc, const Word& x, Vec<Word> y) { acc += x * y; }
+  static REMORA_INLINE void accumulate(Vec<T>& acc, Vec<Word> x, Vec<Word> y) { acc += x * y; }
+};
+
+#if defined(__AVX512BF16__)
+/// The permutation whose lane i reads 16-bit lane f(i).
+template <class F>
+REMORA_INLINE __m512i lane_index(F f) {
+  return [&]<int... I>(std::integer_sequence<int, I...>) REMORA_ALWAYS_INLINE {
+    return reinterpret_cast<__m512i>(typename VectorOf<uint16_t, 32>::Type{static_cast<uint16_t>(f(I))...});
+  }(std::make_integer_sequence<int, 32>{});
+}
+
+/// Products of bf16 pairs, accumulated in fp32.
+struct DotBFloat16 {
+  using Real = float;
+  using Word = uint32_t;
+  using Row = BFloat16;
+  static constexpr int kPack = 2;
+
+  // The compiler splits the broadcast from the dot, which costs a quarter of the throughput.
+  static REMORA_INLINE void accumulate(Vec<float>& acc, const Word& x, Vec<Word> y) {
+    asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(y), "m"(x));
+  }
+  static REMORA_INLINE void accumulate(Vec<float>& acc, Vec<Word> x, Vec<Word> y) {
+    asm("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(y), "v"(x));
+  }
+  /// Word i holds even[i] below odd[i].
+  static REMORA_INLINE Vec<Word> pack(Vec<float> even, Vec<float> odd) {
+    const __m512i halves = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(odd, even));
+    return reinterpret_cast<Vec<Word>>(
+        _mm512_permutexvar_epi16(lane_index([](int i) { return i / 2 + i % 2 * 16; }), halves));
+  }
+  /// Word i < 8 holds elements 2i and 2i + 1 of `first`, the others those of `second`.
+  static REMORA_INLINE Vec<Word> pack_neighbours(Vec<float> first, Vec<float> second) {
+    return reinterpret_cast<Vec<Word>>(_mm512_cvtne2ps_pbh(second, first));
+  }
+};
+#endif
+
+/// Words per token along a padded dimension.
+template <class Op>
+constexpr int64_t words(int64_t padded) {
+  return padded / Op::kPack;
+}
+
+/// acc[i] = sum over n words of operand[.][i] * panel[.].
+template <class Op>
+REMORA_INLINE void multiply(Vec<typename Op::Real> (&acc)[kChunk], const typename Op::Word* operand,
+                            const typename Op::Word* panel, int64_t panel_stride, int64_t n) {
+  using Word = typename Op::Word;
+  unroll<kChunk>([&](auto i) REMORA_ALWAYS_INLINE { acc[i] = Vec<typename Op::Real>{}; });
+  for (int64_t k = 0; k < n; ++k) {
+    const Vec<Word> y = load<Word>(panel + k * panel_stride);
+    const Word* x = operand + k * kChunk;
+    unroll<kChunk>([&](auto i) REMORA_ALWAYS_INLINE { Op::accumulate(acc[i], x[i], y); });
+  }
+}
+
+/// Matrix [kChunk][kChunk] of products of the tokens of two operands.
+template <class Op>
+REMORA_INLINE void multiply_tokens(typename Op::Real* out, const typename Op::Word* rows,
+                                   const typename Op::Word* columns, int64_t n) {
+  using T = typename Op::Real;
+  for (int j = 0; j < kChunk; j += kWidth<T>) {
+    Vec<T> acc[kChunk];
+    multiply<Op>(acc, rows, columns + j, kChunk, n);
+    unroll<kChunk>([&](auto i) REMORA_ALWAYS_INLINE { store<T>(out + i * kChunk + j, acc[i]); });
+  }
+}
+
+/// Rows of a tile of tokens. Where the tensor ends before the tile does, a zero-filled copy stands for it, so that the
+/// kernels behind always see whole tiles.
+template <class E>
+struct Tile {
+  const E* data;
+  int64_t stride;
+};
+
+template <class E>
+REMORA_INLINE Tile<E> whole_tile(const E* data, int64_t stride, int64_t tokens, int64_t dims, int64_t tile_dims,
+                                 E* copy) {
+  if (tokens == kChunk && dims == tile_dims) return {data, stride};
+  for (int64_t i = 0; i < kChunk; ++i) {
+    for (int64_t d = 0; d < tile_dims; ++d)
+      copy[i * tile_dims + d] = i < tokens && d < dims ? data[i * stride + d] : E{};
+  }
+  return {copy, tile_dims};
+}
+
+/// Elements of the copy load_operand may need.
+constexpr int64_t operand_copy_size(int64_t dims) { return kChunk * (pad(dims) + kPadding); }
+
+/// Turns tokens [tokens][dims] into an operand of pad(dims) features.
+template <class Op, class E>
+inline void load_operand(typename Op::Word* operand, const E* data, int64_t stride, int64_t tokens, int64_t dims,
+                         E* copy) {
+  using Word = typename Op::Word;
+  constexpr int w = kWidth<Word>;
+  constexpr int64_t step = w * Op::kPack;
+  const int64_t tile_dims = (pad(dims) + step - 1) / step * step;
+  const Tile<E> tile = whole_tile(data, stride, tokens, dims, tile_dims, copy);
+  const int64_t rows = words<Op>(pad(dims));
+  for (int64_t d = 0; d < rows; d += w) {
+    for (int c = 0; c < kChunk; c += w) {
+      Vec<Word> block[w];
+      unroll<w>([&](auto i) REMORA_ALWAYS_INLINE {
+        const E* p = tile.data + (c + i) * tile.stride + d * Op::kPack;
+        if constexpr (Op::kPack == 1) {
+          block[i] = load<Word>(p);
+        } else {
+          block[i] = load<Word>(reinterpret_cast<const Word*>(p));
+        }
+      });
+      transpose(block);
+      if (rows - d >= w) {
+        unroll<w>([&](auto i) REMORA_ALWAYS_INLINE { store<Word>(operand + (d + i) * kChunk + c, block[i]); });
+      } else {
+        unroll<w / 2>([&](auto i) REMORA_ALWAYS_INLINE { store<Word>(operand + (d + i) * kChunk + c, block[i]); });
+      }
+    }
+  }
+}
+
+/// Sum of squares of every token of an operand.
+template <class Op>
+REMORA_INLINE void sum_squares(typename Op::Real* out, const typename Op::Word* operand, int64_t n) {
+  using T = typename Op::Real;
+  using Word = typename Op::Word;
+  for (int c = 0; c < kChunk; c += kWidth<T>) {
+    Vec<T> acc[4] = {};
+    for (int64_t k = 0; k < n; k += 4) {
+      unroll<4>([&](auto i) REMORA_ALWAYS_INLINE {
+        const Vec<Word> x = load<Word>(operand + (k + i) * kChunk + c);
+        Op::accumulate(acc[i], x, x);
+      });
+    }
+    store<T>(out + c, (acc[0] + acc[1]) + (acc[2] + acc[3]));
+  }
+}
+
+/// What rank_update broadcasts: the operand itself, or [padded][kChunk] bf16 values, pairs along the tokens.
+template <class Op>
+REMORA_INLINE void token_pairs([[maybe_unused]] typename Op::Word* pairs,
+                               [[maybe_unused]] const typename Op::Word* operand, [[maybe_unused]] int64_t n) {
+  if constexpr (Op::kPack == 2) {
+#if defined(__AVX512BF16__)
+    const __m512i index = lane_index([](int i) { return i % 16 * 2 + i / 16; });
+    for (int64_t k = 0; k < n; ++k) {
+      const __m512i x = _mm512_loadu_si512(operand + k * kChunk);
+      _mm512_storeu_si512(pairs + k * kChunk, _mm512_permutexvar_epi16(index, x));
+    }
+#endif
+  }
+}
+
+/// A panel of a state one vector wide: values [padded][width], and the words products read (the values themselves
+/// unless packed).
+template <class Op>
+struct Panel {
+  typename Op::Real* values;
+  typename Op::Word* packed;
+
+  REMORA_INLINE const typename Op::Word* operand() const {
+    if constexpr (Op::kPack == 1) {
+      return values;
+    } else {
+      return packed;
+    }
+  }
+};
+
+/// panel = decay * panel + sum over tokens and terms of token_pairs[.][i] * u[i].
+template <class Op, int kTerms>
+REMORA_INLINE void rank_update(Panel<Op> panel, int64_t padded, typename Op::Real decay,
+                               const typename Op::Word* const (&x)[kTerms],
+                               const Vec<typename Op::Real> (&u)[kTerms][kChunk]) {
+  using T = typename Op::Real;
+  using Word = typename Op::Word;
+  constexpr int w = kWidth<T>;
+  constexpr int rows = kChunk / 2;
+  if constexpr (Op::kPack == 1) {
+    unroll<kTerms>([&](auto term) REMORA_ALWAYS_INLINE {
+      for (int64_t k = 0; k < padded; k += rows) {
+        Vec<T> s[rows];
+        unroll<rows>([&](auto r) REMORA_ALWAYS_INLINE { s[r] = load<T>(panel.values + (k + r) * w); });
+        if (term == 0) unroll<rows>([&](auto r) REMORA_ALWAYS_INLINE { s[r] *= decay; });
+        const Word* xk = x[term] + k * kChunk;
+        unroll<kChunk>([&](auto i) REMORA_ALWAYS_INLINE {
+          unroll<rows>([&](auto r) REMORA_ALWAYS_INLINE { s[r] += xk[r * kChunk + i] * u[term][i]; });
+        });
+        unroll<rows>([&](auto r) REMORA_ALWAYS_INLINE { store<T>(panel.values + (k + r) * w, s[r]); });
+      }
+    });
+  } else {
+    Vec<Word> pairs[kTerms][kChunk / 2];
+    unroll<kTerms>([&](auto t) REMORA_ALWAYS_INLINE {
+      unroll<kChunk / 2>([&](auto i) REMORA_ALWAYS_INLINE { pairs[t][i] = Op::pack(u[t][2 * i], u[t][2 * i + 1]); });
+    });
+    for (int64_t k = 0; k < padded; k += rows) {
+      Vec<T> s[rows];
+      unroll<rows>([&](auto r) REMORA_ALWAYS_INLINE { s[r] = load<T>(panel.values + (k + r) * w) * decay; });
+      unroll<kTerms>([&](auto t) REMORA_ALWAYS_INLINE {
+        const Word* xk = x[t] + k * (kChunk / 2);
+        unroll<kChunk / 2>([&](auto i) REMORA_ALWAYS_INLINE {
+          unroll<rows>([&](auto r)
+                           REMORA_ALWAYS_INLINE { Op::accumulate(s[r], xk[r * (kChunk / 2) + i], pairs[t][i]); });
+        });
+      });
+      unroll<rows>([&](auto r) REMORA_ALWAYS_INLINE { store<T>(panel.values + (k + r) * w, s[r]); });
+      unroll<rows / 2>([&](auto r) REMORA_ALWAYS_INLINE {
+        store<Word>(panel.packed + (k / 2 + r) * w, Op::pack(s[2 * r], s[2 * r + 1]));
+      });
+    }
+  }
+}
+
+/// Fills the packed words of a panel from its values.
+template <class Op>
+REMORA_INLINE void pack_panel(Panel<Op> panel, int64_t padded) {
+  if constexpr (Op::kPack == 2) {
+    using T = typename Op::Real;
+    constexpr int w = kWidth<T>;
+    for (int64_t k = 0; k < padded; k += 2) {
+      store<typename Op::Word>(panel.packed + k / 2 * w,
+                               Op::pack(load<T>(panel.values + k * w), load<T>(panel.values + (k + 1) * w)));
+    }
+  }
+}
+
+}  // namespace remora::REMORA_CPU_ISA

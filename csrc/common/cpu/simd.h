@@ -1,0 +1,251 @@
+// Vectors of the instruction set a file is compiled for. Every including file defines REMORA_CPU_ISA, the namespace of
+// its copy, so that copies built with different flags never share a symbol; nothing here may be reached from a file
+// that runs before the processor was checked.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <type_traits>
+#include <utility>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#ifndef REMORA_CPU_ISA
+#error "define REMORA_CPU_ISA before including simd.h"
+#endif
+#define REMORA_ALWAYS_INLINE __attribute__((always_inline))
+#define REMORA_INLINE inline REMORA_ALWAYS_INLINE
+
+namespace remora::REMORA_CPU_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+constexpr int kNumRegisters = 32;
+#elif defined(__AVX__)
+constexpr int kVectorBytes = 32;
+constexpr int kNumRegisters = 16;
+#elif defined(__aarch64__)
+constexpr int kVectorBytes = 16;
+constexpr int kNumRegisters = 32;
+#else
+constexpr int kVectorBytes = 16;
+constexpr int kNumRegisters = 16;
+#endif
+
+/// Storage of 16-bit floats; arithmetic happens after load() widened them.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+/// Lanes of a vector of T.
+template <class T>
+constexpr int kWidth = kVectorBytes / static_cast<int>(sizeof(T));
+
+template <class T, int kLanes>
+struct VectorOf {
+  typedef T Type __attribute__((vector_size(sizeof(T) * kLanes)));
+};
+template <class T>
+using Vec = typename VectorOf<T, kWidth<T>>::Type;
+
+/// Calls f with the compile-time integers 0 .. N-1, so that arrays indexed by them live in registers.
+template <int N, class F>
+REMORA_INLINE void unroll(F&& f) {
+  [&]<int... I>(std::integer_sequence<int, I...>)
+      REMORA_ALWAYS_INLINE { (f(std::integral_constant<int, I>{}), ...); }(std::make_integer_sequence<int, N>{});
+}
+
+template <class T>
+REMORA_INLINE Vec<T> broadcast(T x) {
+  return x - Vec<T>{};
+}
+
+// ---- bit patterns of 16-bit floats, one lane at a time and W lanes at a time
+
+using Half = VectorOf<uint16_t, kWidth<float>>::Type;  // as many 16-bit lanes as a vector has floats
+
+REMORA_INLINE Vec<float> widen_bfloat16(Half h) {
+  return reinterpret_cast<Vec<float>>(__builtin_convertvector(h, Vec<uint32_t>) << 16);
+}
+
+REMORA_INLINE Half narrow_bfloat16(Vec<float> x) {
+#if defined(__AVX512BF16__)
+  return reinterpret_cast<Half>(_mm512_cvtneps_pbh(x));
+#else
+  const Vec<uint32_t> u = reinterpret_cast<Vec<uint32_t>>(x);
+  const Vec<uint32_t> rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  const Vec<uint32_t> nan = (u >> 16) | 0x40;
+  return __builtin_convertvector((x == x) ? rounded : nan, Half);
+#endif
+}
+
+REMORA_INLINE Vec<float> widen_float16(Half h) {
+#if defined(__AVX512F__)
+  return _mm512_cvtph_ps(reinterpret_cast<__m256i>(h));
+#elif defined(__F16C__)
+  return _mm256_cvtph_ps(reinterpret_cast<__m128i>(h));
+#elif defined(__aarch64__)
+  return vcvt_f32_f16(reinterpret_cast<float16x4_t>(h));
+#else
+  const Vec<uint32_t> u = __builtin_convertvector(h, Vec<uint32_t>);
+  const Vec<uint32_t> magnitude = (u & 0x7fff) << 13;
+  // The exponent is rebased by a multiplication, which also normalises subnormals; infinities and NaNs keep all ones.
+  const Vec<uint32_t> finite = reinterpret_cast<Vec<uint32_t>>(reinterpret_cast<Vec<float>>(magnitude) * 0x1p112f);
+  const Vec<uint32_t> bits = ((u & 0x7c00) == 0x7c00) ? (magnitude | 0x7f800000u) : finite;
+  return reinterpret_cast<Vec<float>>(bits | ((u & 0x8000) << 16));
+#endif
+}
+
+REMORA_INLINE Half narrow_float16(Vec<float> x) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Half>(_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  return reinterpret_cast<Half>(_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__aarch64__)
+  return reinterpret_cast<Half>(vcvt_f16_f32(x));
+#else
+  const Vec<uint32_t> u = reinterpret_cast<Vec<uint32_t>>(x);
+  const Vec<uint32_t> sign = (u >> 16) & 0x8000;
+  const Vec<uint32_t> a = u & 0x7fffffff;
+  const Vec<uint32_t> normal = (a - 0x38000000u + 0xfff + ((a >> 13) & 1)) >> 13;
+  // Below 2^-14 adding 0.5 leaves the rounded subnormal in the low bits.
+  const Vec<float> shifted = reinterpret_cast<Vec<float>>(a) + 0.5f;
+  const Vec<uint32_t> subnormal = reinterpret_cast<Vec<uint32_t>>(shifted) - 0x3f000000u;
+  const Vec<uint32_t> infinite = broadcast<uint32_t>(0x7c00);
+  const Vec<uint32_t> nan = broadcast<uint32_t>(0x7e00);
+  Vec<uint32_t> bits = (a < 0x38800000u) ? subnormal : normal;
+  bits = (a >= 0x477ff000u) ? infinite : bits;
+  bits = (a > 0x7f800000u) ? nan : bits;
+  return __builtin_convertvector(bits | sign, Half);
+#endif
+}
+
+// ---- loads and stores of kWidth<T> contiguous elements, converted from and to T; no alignment needed
+
+template <class T, class E>
+REMORA_INLINE Vec<T> load(const E* p) {
+  if constexpr (std::is_same_v<T, E>) {
+    Vec<T> v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+  } else {
+    Half h;
+    __builtin_memcpy(&h, p, sizeof h);
+    if constexpr (std::is_same_v<E, BFloat16>) {
+      return widen_bfloat16(h);
+    } else {
+      return widen_float16(h);
+    }
+  }
+}
+
+template <class T, class E>
+REMORA_INLINE void store(E* p, Vec<T> v) {
+  if constexpr (std::is_same_v<T, E>) {
+    __builtin_memcpy(p, &v, sizeof v);
+  } else {
+    Half h;
+    if constexpr (std::is_same_v<E, BFloat16>) {
+      h = narrow_bfloat16(v);
+    } else {
+      h = narrow_float16(v);
+    }
+    __builtin_memcpy(p, &h, sizeof h);
+  }
+}
+
+/// The first `lanes` elements, zeros behind them.
+template <class T, class E>
+REMORA_INLINE Vec<T> load_first(const E* p, int64_t lanes) {
+  E buffer[kWidth<T>] = {};
+  for (int64_t i = 0; i < lanes; ++i) buffer[i] = p[i];
+  return load<T>(buffer);
+}
+
+template <class T, class E>
+REMORA_INLINE void store_first(E* p, Vec<T> v, int64_t lanes) {
+  E buffer[kWidth<T>];
+  store<T>(buffer, v);
+  for (int64_t i = 0; i < lanes; ++i) p[i] = buffer[i];
+}
+
+// ---- permutations and reductions
+
+/// rows[i][j] becomes rows[j][i].
+template <class V>
+REMORA_INLINE void transpose(V* rows) {
+  using T = std::remove_cvref_t<decltype(rows[0][0])>;
+  constexpr int w = kWidth<T>;
+  // Each pass interleaves rows i and i + w/2; log2(w) passes rotate the bits of the (row, lane) index by half.
+  const auto pass = [](const V* from, V* to) REMORA_ALWAYS_INLINE {
+    [&]<int... L>(std::integer_sequence<int, L...>) REMORA_ALWAYS_INLINE {
+      unroll<w / 2>([&](auto i) REMORA_ALWAYS_INLINE {
+        to[2 * i] = __builtin_shufflevector(from[i], from[i + w / 2], (L % 2 ? w + L / 2 : L / 2)...);
+        to[2 * i + 1] =
+            __builtin_shufflevector(from[i], from[i + w / 2], (L % 2 ? w + w / 2 + L / 2 : w / 2 + L / 2)...);
+      });
+    }(std::make_integer_sequence<int, w>{});
+  };
+  V other[w];
+  if constexpr (w == 2) {
+    pass(rows, other);
+    unroll<w>([&](auto i) REMORA_ALWAYS_INLINE { rows[i] = other[i]; });
+  } else if constexpr (w == 4) {
+    pass(rows, other);
+    pass(other, rows);
+  } else if constexpr (w == 8) {
+    pass(rows, other);
+    pass(other, rows);
+    pass(rows, other);
+    unroll<w>([&](auto i) REMORA_ALWAYS_INLINE { rows[i] = other[i]; });
+  } else {
+    static_assert(w == 16);
+    pass(rows, other);
+    pass(other, rows);
+    pass(rows, other);
+    pass(other, rows);
+  }
+}
+
+/// Sum of the lanes, by halves.
+template <class T>
+REMORA_INLINE T sum(Vec<T> v) {
+  T lane[kWidth<T>];
+  __builtin_memcpy(lane, &v, sizeof v);
+  for (int half = kWidth<T> / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
+  }
+  return lane[0];
+}
+
+/// e^x for x <= 0; results below the smallest normal number are zero.
+REMORA_INLINE Vec<float> exp_nonpositive(Vec<float> x) {
+  const Vec<float> magic = broadcast(12582912.0f);  // adding 1.5 * 2^23 rounds to an integer
+  const Vec<float> clamped = (x < -88.0f) ? broadcast(-88.0f) : x;
+  const Vec<float> shifted = clamped * 1.44269504f + magic;
+  const Vec<float> n = shifted - magic;
+  const Vec<float> r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
+  Vec<float> p = broadcast(1.0f / 5040.0f);
+  p = p * r + 1.0f / 720.0f;
+  p = p * r + 1.0f / 120.0f;
+  p = p * r + 1.0f / 24.0f;
+  p = p * r + 1.0f / 6.0f;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  const Vec<uint32_t> exponent = reinterpret_cast<Vec<uint32_t>>(shifted) << 23;
+  const Vec<float> y = reinterpret_cast<Vec<float>>(reinterpret_cast<Vec<uint32_t>>(p) + exponent);
+  return (x < -87.3f) ? Vec<float>{} : y;
+}
+
+REMORA_INLINE Vec<double> exp_nonpositive(Vec<double> x) {
+  for (int i = 0; i < kWidth<double>; ++i) x[i] = std::exp(x[i]);
+  return x;
+}
+
+}  // namespace remora::REMORA_CPU_ISA

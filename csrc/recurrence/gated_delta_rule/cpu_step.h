@@ -1,0 +1,281 @@
+// Token by token: the decode step and the recurrent forward pass of one value head over one sequence.
+//
+// A token costs two passes over the state: one reads it against k and q at once (the output needs the updated state,
+// S'^T q = a S^T q + (k . q) u), one writes a S + k u^T. A single token works on the state where it lies; several work
+// on panels of it small enough for L1.
+#pragma once
+#include <cmath>
+
+#include "recurrence/gated_delta_rule/cpu.h"
+#include "recurrence/gated_delta_rule/cpu_chunk.h"
+
+namespace remora::REMORA_CPU_ISA {
+
+constexpr int kStepVectors = 8;       // columns per pass of a single token, in vectors
+constexpr int kRecurrentVectors = 2;  // columns of a panel that stays in L1
+
+/// Rows per pass of a single token, value-first; one vector holds their values.
+template <class T>
+constexpr int kStepRows = kWidth<T> < 4 ? kWidth<T> : 4;
+
+/// One token: its key and query in T, normalised, and its gate.
+template <class T>
+struct StepToken {
+  T *q, *k;  // [pad(dims)]
+  T decay, beta, qk;
+};
+
+template <class T>
+struct StepScratch {
+  StepToken<T> token;
+  T* panel;  // [dims][kRecurrentVectors * width]
+
+  StepScratch(const GatedDeltaRuleShape& shape, Arena& arena) {
+    token.q = arena.take<T>(pad(shape.head_dim));
+    token.k = arena.take<T>(pad(shape.head_dim));
+    panel = arena.take<T>(shape.head_dim * kRecurrentVectors * kWidth<T>);
+  }
+};
+
+template <class T>
+int64_t step_scratch(const GatedDeltaRuleShape& shape) {
+  Arena arena(nullptr);
+  StepScratch<T> scratch(shape, arena);
+  return arena.used();
+}
+
+/// Columns [0, kVectors * width) of a [dims][stride] state.
+template <int kVectors, class T>
+REMORA_INLINE void step_columns(const StepToken<T>& token, const T* in, int64_t in_stride, T* out, int64_t out_stride,
+                                int64_t dims, const Vec<T> (&v)[kVectors], Vec<T> (&o)[kVectors], T scale) {
+  constexpr int w = kWidth<T>;
+  Vec<T> key_read[kVectors] = {}, query_read[kVectors] = {};
+  for (int64_t d = 0; d < dims; ++d) {
+    const T k = token.k[d], q = token.q[d];
+    unroll<kVectors>([&](auto i) REMORA_ALWAYS_INLINE {
+      const Vec<T> s = load<T>(in + d * in_stride + i * w);
+      key_read[i] += s * k;
+      query_read[i] += s * q;
+    });
+  }
+  unroll<kVectors>([&](auto i) REMORA_ALWAYS_INLINE {
+    const Vec<T> u = (v[i] - key_read[i] * token.decay) * token.beta;
+    o[i] = (query_read[i] * token.decay + u * token.qk) * scale;
+    key_read[i] = u;
+  });
+  if (!out) return;
+  for (int64_t d = 0; d < dims; ++d) {
+    const T k = token.k[d];
+    unroll<kVectors>([&](auto i) REMORA_ALWAYS_INLINE {
+      const Vec<T> s = load<T>(in + d * in_stride + i * w);
+      store<T>(out + d * out_stride + i * w, s * token.decay + key_read[i] * k);
+    });
+  }
+}
+
+/// The columns from `first` on that fill kVectors vectors. Returns the first that is left.
+template <int kVectors, class T, class E>
+REMORA_INLINE int64_t step_blocks(const StepToken<T>& token, const T* in, T* out, int64_t dims, int64_t columns,
+                                  int64_t first, const E* v, E* o, T scale) {
+  constexpr int w = kWidth<T>;
+  for (; first + kVectors * w <= columns; first += kVectors * w) {
+    Vec<T> v_vectors[kVectors], o_vectors[kVectors];
+    unroll<kVectors>([&](auto i) REMORA_ALWAYS_INLINE { v_vectors[i] = load<T>(v + first + i * w); });
+    step_columns<kVectors>(token, in + first, columns, out ? out + first : nullptr, columns, dims, v_vectors, o_vectors,
+                           scale);
+    unroll<kVectors>([&](auto i) REMORA_ALWAYS_INLINE { store<T>(o + first + i * w, o_vectors[i]); });
+  }
+  return first;
+}
+
+/// Rows [0, kRows) of a value-first state [rows][dims].
+template <int kRows, class T, class E>
+REMORA_INLINE void step_rows(const StepToken<T>& token, const T* in, T* out, int64_t dims, const E* v, E* o, T scale) {
+  constexpr int w = kWidth<T>;
+  const int64_t whole = dims / w * w;
+  const auto row = [&](int64_t r, int64_t d) REMORA_ALWAYS_INLINE {
+    const T* p = in + r * dims + d;
+    return d < whole ? load<T>(p) : load_first<T>(p, dims - d);
+  };
+  Vec<T> key_read[kRows] = {}, query_read[kRows] = {};
+  for (int64_t d = 0; d < dims; d += w) {
+    const Vec<T> k = load<T>(token.k + d), q = load<T>(token.q + d);
+    unroll<kRows>([&](auto r) REMORA_ALWAYS_INLINE {
+      const Vec<T> s = row(r, d);
+      key_read[r] += s * k;
+      query_read[r] += s * q;
+    });
+  }
+  T u[kRows];
+  E v_rows[kWidth<T>] = {}, o_rows[kWidth<T>];
+  for (int r = 0; r < kRows; ++r) v_rows[r] = v[r];
+  const Vec<T> values = load<T>(v_rows);
+  Vec<T> outputs{};
+  unroll<kRows>([&](auto r) REMORA_ALWAYS_INLINE {
+    constexpr int lane = r;
+    u[r] = (values[lane] - token.decay * sum<T>(key_read[r])) * token.beta;
+    outputs[lane] = (token.decay * sum<T>(query_read[r]) + token.qk * u[r]) * scale;
+  });
+  store<T>(o_rows, outputs);
+  for (int r = 0; r < kRows; ++r) o[r] = o_rows[r];
+  if (!out) return;
+  for (int64_t d = 0; d < dims; d += w) {
+    const Vec<T> k = load<T>(token.k + d);
+    unroll<kRows>([&](auto r) REMORA_ALWAYS_INLINE {
+      const Vec<T> s = row(r, d) * token.decay + k * u[r];
+      if (d < whole) {
+        store<T>(out + r * dims + d, s);
+      } else {
+        store_first<T>(out + r * dims + d, s, dims - d);
+      }
+    });
+  }
+}
+
+template <class T>
+T softplus(T x) {
+  return x > T(20) ? x : std::log1p(std::exp(x));
+}
+
+template <class T, class E>
+inline void load_step_token(StepToken<T>& token, const GatedDeltaRuleStepParams& p, const E* q, const E* k, int64_t row,
+                            int64_t value_head) {
+  constexpr int w = kWidth<T>;
+  const int64_t dims = p.shape.head_dim;
+  Vec<T> qq{}, kk{}, qk{};
+  for (int64_t d = 0; d < pad(dims); d += w) {
+    Vec<T> q_part{}, k_part{};
+    if (d < dims) {
+      q_part = dims - d >= w ? load<T>(q + d) : load_first<T>(q + d, dims - d);
+      k_part = dims - d >= w ? load<T>(k + d) : load_first<T>(k + d, dims - d);
+    }
+    store<T>(token.q + d, q_part);
+    store<T>(token.k + d, k_part);
+    qq += q_part * q_part;
+    kk += k_part * k_part;
+    qk += q_part * k_part;
+  }
+  token.qk = sum<T>(qk);
+  if (p.use_qk_l2norm) {
+    const T q_norm = T(1) / std::sqrt(sum<T>(qq) + T(kNormEpsilon));
+    const T k_norm = T(1) / std::sqrt(sum<T>(kk) + T(kNormEpsilon));
+    for (int64_t d = 0; d < pad(dims); d += w) {
+      store<T>(token.q + d, load<T>(token.q + d) * q_norm);
+      store<T>(token.k + d, load<T>(token.k + d) * k_norm);
+    }
+    token.qk *= q_norm * k_norm;
+  }
+  token.decay = T(1);
+  if (p.g) {
+    T gate = static_cast<const T*>(p.g)[row];
+    if (p.a_log) {
+      if (p.dt_bias) gate += static_cast<const T*>(p.dt_bias)[value_head];
+      gate = -std::exp(static_cast<const T*>(p.a_log)[value_head]) * softplus(gate);
+    }
+    token.decay = std::exp(gate < kMinGate<T> ? kMinGate<T> : gate);
+  }
+  token.beta = static_cast<const T*>(p.beta)[row];
+  if (p.use_beta_sigmoid) token.beta = T(1) / (T(1) + std::exp(-token.beta));
+  if (p.use_beta_sigmoid && p.allow_neg_eigval) token.beta *= T(2);
+}
+
+/// A single token, on the state where it lies.
+template <class T, class E>
+void step_one(const GatedDeltaRuleStepParams& p, const StepToken<T>& token, const T* in, T* out, const E* v, E* o) {
+  const int64_t dims = p.shape.head_dim, columns = p.shape.value_dim;
+  const T scale = static_cast<T>(p.scale);
+  if (p.state_v_first) {
+    int64_t j = 0;
+    for (; j + kStepRows<T> <= columns; j += kStepRows<T>) {
+      step_rows<kStepRows<T>>(token, in + j * dims, out ? out + j * dims : nullptr, dims, v + j, o + j, scale);
+    }
+    for (; j < columns; ++j) {
+      step_rows<1>(token, in + j * dims, out ? out + j * dims : nullptr, dims, v + j, o + j, scale);
+    }
+    return;
+  }
+  int64_t j = step_blocks<kStepVectors>(token, in, out, dims, columns, 0, v, o, scale);
+  j = step_blocks<kStepVectors / 2>(token, in, out, dims, columns, j, v, o, scale);
+  j = step_blocks<1>(token, in, out, dims, columns, j, v, o, scale);
+  if (j == columns) return;
+  const int64_t lanes = columns - j;
+  Vec<T> key_read{}, query_read{};
+  for (int64_t d = 0; d < dims; ++d) {
+    const Vec<T> s = load_first<T>(in + d * columns + j, lanes);
+    key_read += s * token.k[d];
+    query_read += s * token.q[d];
+  }
+  const Vec<T> u = (load_first<T>(v + j, lanes) - key_read * token.decay) * token.beta;
+  store_first<T>(o + j, Vec<T>((query_read * token.decay + u * token.qk) * scale), lanes);
+  if (!out) return;
+  for (int64_t d = 0; d < dims; ++d) {
+    const Vec<T> s = load_first<T>(in + d * columns + j, lanes);
+    store_first<T>(out + d * columns + j, Vec<T>(s * token.decay + u * token.k[d]), lanes);
+  }
+}
+
+/// `slot` is the row of the state tensors.
+template <class T, class E>
+void step(const GatedDeltaRuleStepParams& p, const GatedDeltaRuleSequence& sequence, int64_t value_head, int64_t slot,
+          void* buffer) {
+  constexpr int w = kWidth<T>;
+  constexpr int panel_width = kRecurrentVectors * w;
+  const GatedDeltaRuleShape& shape = p.shape;
+  const int64_t dims = shape.head_dim, columns = shape.value_dim, value_heads = shape.num_value_heads;
+  const int64_t head = value_head / (value_heads / shape.num_heads);
+  const int64_t offset = (slot * value_heads + value_head) * dims * columns;
+  const T* in = p.initial_state ? static_cast<const T*>(p.initial_state) + offset : nullptr;
+  T* out = p.final_state ? static_cast<T*>(p.final_state) + offset : nullptr;
+  const E* q = static_cast<const E*>(p.q) + sequence.batch * p.q_stride.batch + head * p.q_stride.head;
+  const E* k = static_cast<const E*>(p.k) + sequence.batch * p.k_stride.batch + head * p.k_stride.head;
+  const E* v = static_cast<const E*>(p.v) + sequence.batch * p.v_stride.batch + value_head * p.v_stride.head;
+  Arena arena(buffer);
+  StepScratch<T> scratch(shape, arena);
+  StepToken<T>& token = scratch.token;
+  const auto load_token = [&](int64_t t) {
+    const int64_t at = sequence.begin + t;
+    load_step_token<T>(token, p, q + at * p.q_stride.token, k + at * p.k_stride.token,
+                       sequence.row(shape, t) * value_heads + value_head, value_head);
+  };
+
+  if (sequence.length == 1 && in) {
+    load_token(0);
+    step_one<T>(p, token, in, out, v + sequence.begin * p.v_stride.token,
+                static_cast<E*>(p.o) + (sequence.row(shape, 0) * value_heads + value_head) * columns);
+    return;
+  }
+  if (sequence.length == 0 && in == out) return;
+  for (int64_t j = 0; j < columns; j += panel_width) {
+    const int64_t lanes = min(panel_width, columns - j);
+    T* panel = scratch.panel;
+    for (int64_t d = 0; d < dims; ++d) {
+      for (int64_t i = 0; i < panel_width; ++i) {
+        panel[d * panel_width + i] = !in || i >= lanes ? T(0)
+                                     : p.state_v_first ? in[(j + i) * dims + d]
+                                                       : in[d * columns + j + i];
+      }
+    }
+    for (int64_t t = 0; t < sequence.length; ++t) {
+      load_token(t);
+      const E* v_row = v + (sequence.begin + t) * p.v_stride.token + j;
+      E* o_row = static_cast<E*>(p.o) + (sequence.row(shape, t) * value_heads + value_head) * columns + j;
+      E partial[panel_width] = {};
+      for (int64_t i = 0; lanes < panel_width && i < lanes; ++i) partial[i] = v_row[i];
+      const E* v_whole = lanes == panel_width ? v_row : partial;
+      Vec<T> v_vectors[kRecurrentVectors], o_vectors[kRecurrentVectors];
+      unroll<kRecurrentVectors>([&](auto i) REMORA_ALWAYS_INLINE { v_vectors[i] = load<T>(v_whole + i * w); });
+      step_columns<kRecurrentVectors>(token, panel, panel_width, panel, panel_width, dims, v_vectors, o_vectors,
+                                      static_cast<T>(p.scale));
+      E* o_whole = lanes == panel_width ? o_row : partial;
+      unroll<kRecurrentVectors>([&](auto i) REMORA_ALWAYS_INLINE { store<T>(o_whole + i * w, o_vectors[i]); });
+      for (int64_t i = 0; lanes < panel_width && i < lanes; ++i) o_row[i] = partial[i];
+    }
+    for (int64_t d = 0; out && d < dims; ++d) {
+      for (int64_t i = 0; i < lanes; ++i) {
+        out[p.state_v_first ? (j + i) * dims + d : d * columns + j + i] = panel[d * panel_width + i];
+      }
+    }
+  }
+}
+
+}  // namespace remora::REMORA_CPU_ISA

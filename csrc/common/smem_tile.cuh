@@ -1,9 +1,11 @@
 // Swizzled tiles in shared memory and the loads of matrix fragments from them, free of bank conflicts.
 //
-// SmemTile<T, COLS>   rows of COLS elements (a multiple of 128 bytes); the 16-byte units of a row are permuted by XOR.
+// SmemTile<T, COLS>   rows of COLS elements (64 bytes or a multiple of 128); the 16-byte units of a row are permuted by
+//                     XOR.
 // SmemBlock<T>        16x16 elements, rows of 32 or 64 bytes permuted within and across 128-byte lines.
 // Both offer, for a tile at shared address `base`:
 //   load_a        A[m, k] from memory [m][k]
+//   load_a_trans  the same from memory [k][m]
 //   load_b        B[k, n], n in two halves of 8, from memory [n][k]
 //   load_b_trans  the same from memory [k][n]
 //   (SmemBlock also moves C fragments, straight and transposed.)
@@ -31,6 +33,11 @@ __device__ __forceinline__ void ldmatrix_trans(uint32_t (&r)[4], uint32_t addres
 __device__ __forceinline__ float load_shared(uint32_t address) {
   float x;
   asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(address) : "memory");
+  return x;
+}
+__device__ __forceinline__ uint32_t load_shared_bits(uint32_t address) {
+  uint32_t x;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
   return x;
 }
 __device__ __forceinline__ float2 load_shared_2(uint32_t address) {
@@ -83,13 +90,14 @@ template <typename T, int COLS>
 struct SmemTile {
   static constexpr int ROW_SIZE = COLS * sizeof(T);
   static constexpr bool kIsFloat = sizeof(T) == 4;
-  static_assert(ROW_SIZE % 128 == 0);
+  static_assert(ROW_SIZE % 128 == 0 || (ROW_SIZE == 64 && !kIsFloat));
 
   static constexpr int size(int rows) { return rows * ROW_SIZE; }
 
   /// Bits 4..6 of the byte offset are XORed with this. float: four neighbouring rows and four rows two apart must each
   /// cover the banks with 32 bytes a row; 16-bit: eight neighbouring rows with 16 bytes a row.
   __device__ static __forceinline__ int swizzle(int row) {
+    if constexpr (ROW_SIZE == 64) return (row >> 1 & 3) << 4;  // two rows share a line of the banks
     return kIsFloat ? ((row & 3) ^ (row >> 2 & 1)) << 5 : (row & 7) << 4;
   }
   /// Byte offset of an element.
@@ -116,6 +124,21 @@ struct SmemTile {
     } else {
       const MatrixLane lane = lane_of_a();
       ldmatrix(a.r, place(base, offset(lane.row, lane.unit * 8), row0, col0));
+    }
+    return a;
+  }
+
+  __device__ static __forceinline__ FragA<T> load_a_trans(uint32_t base, int k0, int m0) {
+    FragA<T> a;
+    if constexpr (kIsFloat) {
+      const int k = threadIdx.x % 4 * 2, m = threadIdx.x % 32 / 4;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        a.r[i] = load_shared(place(base, offset(k + i % 2, m), k0 + i / 4 * 8, m0) ^ (i / 2 % 2 * 32));
+      }
+    } else {
+      const MatrixLane lane = lane_of_b();
+      ldmatrix_trans(a.r, place(base, offset(lane.row, lane.unit * 8), k0, m0));
     }
     return a;
   }
@@ -160,6 +183,24 @@ struct SmemTile {
       b[1] = {{r[2], r[3]}};
     }
   }
+
+  /// Elements (row, col) and (row, col + 1), col even: a row of a C fragment.
+  __device__ static __forceinline__ float2 load_pair(uint32_t base, int row, int col) {
+    const uint32_t address = base + offset(row, col);
+    if constexpr (kIsFloat) {
+      return load_shared_2(address);
+    } else {
+      return unpack<T>(load_shared_bits(address));
+    }
+  }
+  __device__ static __forceinline__ void store_pair(uint32_t base, int row, int col, float x, float y) {
+    const uint32_t address = base + offset(row, col);
+    if constexpr (kIsFloat) {
+      store_shared(address, make_float2(x, y));
+    } else {
+      store_shared(address, pack<T>(x, y));
+    }
+  }
 };
 
 template <typename T>
@@ -191,6 +232,19 @@ struct SmemBlock {
     } else {
       const MatrixLane lane = lane_of_a();
       ldmatrix(a.r, base + offset(lane.row, lane.unit * 8));
+    }
+    return a;
+  }
+
+  __device__ static __forceinline__ FragA<T> load_a_trans(uint32_t base) {
+    FragA<T> a;
+    if constexpr (kIsFloat) {
+      const int k = threadIdx.x % 4 * 2, m = threadIdx.x % 32 / 4;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) a.r[i] = load_shared(base + offset(k + i % 2 + i / 4 * 8, m + i / 2 % 2 * 8));
+    } else {
+      const MatrixLane lane = lane_of_b();
+      ldmatrix_trans(a.r, base + offset(lane.row, lane.unit * 8));
     }
     return a;
   }

@@ -278,8 +278,8 @@ __device__ __forceinline__ void for_own_items(int warp_idx, const Body& body) {
 
 /// Everything above for one chunk, by kNumWarps warps that share barrier `barrier_id`. K, Q, g and beta must be visible
 /// to all of them; what it writes is visible to its own warp only, until the next barrier. Without kHasQ neither
-/// Q nor A is touched.
-template <typename T, int HEAD_DIM, int BLOCK_T, int kNumWarps, bool kHasQ = true>
+/// Q nor A is touched. Y is stored as TY.
+template <typename T, int HEAD_DIM, int BLOCK_T, int kNumWarps, bool kHasQ = true, typename TY = T>
 __device__ __forceinline__ void prepare_chunk(const ChunkTiles<BLOCK_T>& tiles, float scale, bool use_qk_l2norm,
                                               int warp_idx, int barrier_id) {
   constexpr int NUM_BLOCKS = BLOCK_T / 16;
@@ -314,10 +314,10 @@ __device__ __forceinline__ void prepare_chunk(const ChunkTiles<BLOCK_T>& tiles, 
 
   // Inverse
 #pragma unroll 1
-  for (int j = NUM_BLOCKS - 1 - warp_idx; j >= 0; j -= kNumWarps) solve_diagonal<T, BLOCK_T>(tiles, j);
+  for (int j = NUM_BLOCKS - 1 - warp_idx; j >= 0; j -= kNumWarps) solve_diagonal<TY, BLOCK_T>(tiles, j);
   role_barrier<kNumWarps>(barrier_id);
   for_own_items<NUM_BLOCKS, kNumWarps>(warp_idx,
-                                       [&](auto col) { solve_column<T, BLOCK_T, decltype(col)::value>(tiles); });
+                                       [&](auto col) { solve_column<TY, BLOCK_T, decltype(col)::value>(tiles); });
 }
 
 }  // namespace remora

@@ -1,0 +1,23 @@
+"""python -m bench {cpu,counters,resources,model}: see bench/README.md."""
+
+import importlib
+import sys
+
+COMMANDS = {
+    "cpu": "CPU times beside peers (measured)",
+    "counters": "work counters of CUDA kernels in the simulator, beside flash-linear-attention's (simulated)",
+    "resources": "registers, spills and shared memory of every CUDA kernel",
+    "model": "modelled times of CUDA kernels, beside flash-linear-attention's (modelled)",
+}
+
+
+def main() -> int:
+    if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
+        print("usage: python -m bench COMMAND [--help]\n\n" + "\n".join(f"  {n:10s} {t}" for n, t in COMMANDS.items()))
+        return 0 if sys.argv[1:2] in (["-h"], ["--help"]) else 2
+    module = importlib.import_module(f"bench.{sys.argv[1]}")
+    return int(module.main(sys.argv[2:]))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,266 @@
+"""Implementations of the gated delta rule on the CPU: ours and what a user could pick instead.
+
+Each takes tensors in the layout it wants, prepared outside of the timed call. One that cannot be imported is absent, with the
+reason; nothing is dropped without a word."""
+
+import importlib.metadata
+import importlib.util
+import inspect
+import os
+import pathlib
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .cases import Case, Inputs, Outputs
+
+Run = Callable[[], Outputs]
+
+
+class Absent(Exception):
+    """A peer that this environment does not have, or that does not do a case."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    name: str
+    package: str | None  # of which the version is reported
+    prepare: Callable[[Inputs], Run]  # a function to be timed; raises Absent
+    ours: bool = False
+
+    @property
+    def version(self) -> str:
+        try:
+            return importlib.metadata.version(self.package) if self.package else ""
+        except importlib.metadata.PackageNotFoundError:
+            return "not installed"
+
+
+def backward(f: Callable[..., Tensor], x: Inputs) -> Run:
+    """Forward, and backward too if the case wants it. f: differentiable, of q, k, v, g, beta."""
+    if x.case.mode == "fwd":
+        def forward() -> Outputs:
+            with torch.no_grad():
+                return {"o": f(x.q, x.k, x.v, x.g, x.beta)}
+
+        return forward
+    leaves = [t.detach().requires_grad_() for t in (x.q, x.k, x.v, x.g, x.beta)]
+
+    def both() -> Outputs:
+        o = f(*leaves)
+        grads = torch.autograd.grad(o, leaves, x.d_o)
+        return {"o": o.detach(), **dict(zip(("dq", "dk", "dv", "dg", "dbeta"), grads, strict=True))}
+
+    return both
+
+
+def rotating(x: Inputs, step: Callable[[int], Tensor], states: list[Tensor]) -> Run:
+    """Decode steps on the state sets in turn."""
+    turn = -1
+
+    def run() -> Outputs:
+        nonlocal turn
+        turn = (turn + 1) % len(states)
+        return {"o": step(turn), "state": states[turn]}
+
+    return run
+
+
+def remora(x: Inputs) -> Run:
+    import remora.ops as ops
+
+    if x.case.mode == "decode":
+        states = [s.clone() for s in x.states]
+        return rotating(x, lambda n: ops.gated_delta_rule_step(x.q, x.k, x.v, x.g, x.beta, states[n]), states)
+    return backward(lambda *t: ops.chunk_gated_delta_rule(*t)[0], x)
+
+
+def remora_gates(x: Inputs) -> Run:
+    import remora.ops as ops
+
+    if x.case.mode != "decode":
+        raise Absent("a variant of the decode step")
+    states = [s.clone() for s in x.states]
+    gates = dict(use_gate_in_kernel=True, A_log=x.a_log, dt_bias=x.dt_bias, use_beta_sigmoid_in_kernel=True)
+    a, b = x.a.float(), x.b.float()
+    return rotating(x, lambda n: ops.gated_delta_rule_step(x.q, x.k, x.v, a, b, states[n], **gates), states)
+
+
+def onnx_session(case: Case, dtype: str = "fp32") -> object:
+    import onnx
+    import onnxruntime
+    from onnx import TensorProto, helper
+
+    B, T, H, D = case.B, case.T, case.H, case.D
+    shapes = {"q": [B, T, H * D], "k": [B, T, H * D], "v": [B, T, H * D], "past": [B, H, D, D], "decay": [B, T, H], "beta": [B, T, H]}
+    node = helper.make_node(
+        "LinearAttention", list(shapes), ["o", "present"], domain="com.microsoft", q_num_heads=H, kv_num_heads=H, update_rule="gated_delta"
+    )
+    graph = helper.make_graph(
+        [node],
+        "gated_delta",
+        [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in shapes.items()],
+        [helper.make_tensor_value_info(n, TensorProto.FLOAT, shapes[s]) for n, s in (("o", "v"), ("present", "past"))],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)], ir_version=10)
+    onnx.checker.check_model(model)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # its threads must not run into the next peer's time
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def onnxruntime(x: Inputs) -> Run:
+    """Zero copies: the session reads and writes the tensors' memory; decode binds one buffer as old and new state."""
+    import numpy
+
+    if x.case.mode == "fwd+bwd":
+        raise Absent("forward only")
+    if x.case.dtype != "fp32":
+        raise Absent("the operator is fp32 only on the CPU")
+    case = x.case
+    session = onnx_session(case)
+    o = torch.empty(case.B, case.T, case.H * case.D)
+
+    def bind(state: Tensor, new: Tensor) -> object:
+        binding = session.io_binding()
+        flat = {"q": x.q.flatten(2), "k": x.k.flatten(2), "v": x.v.flatten(2), "decay": x.g, "beta": x.beta, "past": state}
+        for name, t in flat.items():
+            binding.bind_input(name, "cpu", 0, numpy.float32, list(t.shape), t.data_ptr())
+        for name, t in (("o", o), ("present", new)):
+            binding.bind_output(name, "cpu", 0, numpy.float32, list(t.shape), t.data_ptr())
+        return binding
+
+    shape = (case.B, case.T, case.H, case.D)
+    if case.mode == "decode":
+        states = [s.clone() for s in x.states]
+        bindings = [bind(s, s) for s in states]
+
+        def step(n: int, keep: Inputs = x) -> Tensor:
+            session.run_with_iobinding(bindings[n])
+            return o.view(shape)
+
+        return rotating(x, step, states)
+    zero = torch.zeros(case.B, case.H, case.D, case.D)
+    new = torch.empty_like(zero)
+    binding = bind(zero, new)
+    bound = (x, zero, new)  # the binding has their addresses only
+
+    def run(keep: object = bound) -> Outputs:
+        session.run_with_iobinding(binding)
+        return {"o": o.view(shape)}
+
+    return run
+
+
+def onnxruntime_cast(x: Inputs) -> Run:
+    """What a bf16 user can do: cast to fp32, the fp32 operator, cast back; the casts are timed."""
+    if x.case.dtype != "bf16" or x.case.mode != "fwd":
+        raise Absent("a way to do bf16 forward")
+    wide = Inputs(**{**vars(x), "case": Case("fwd", "fp32", x.case.B, x.case.T, x.case.H, x.case.D), "q": x.q.float(), "k": x.k.float(), "v": x.v.float()})
+    inner = onnxruntime(wide)
+
+    def run() -> Outputs:
+        for name in ("q", "k", "v"):
+            getattr(wide, name).copy_(getattr(x, name))
+        return {"o": inner()["o"].bfloat16()}
+
+    return run
+
+
+def zentorch(x: Inputs) -> Run:
+    importlib.import_module("zentorch")
+    ops, case = torch.ops.zentorch, x.case
+    if case.mode == "fwd+bwd":
+        raise Absent("forward only")
+    B, T, H, D = case.B, case.T, case.H, case.D
+    if case.mode == "decode":
+        states = [s.transpose(-1, -2).contiguous() for s in x.states]
+        mixed = torch.cat([t.flatten(1) for t in (x.q, x.k, x.v)], -1)
+        a, b = x.a.view(B, H), x.b.view(B, H)
+        index, o = torch.arange(B, dtype=torch.int32), torch.empty(B, 1, H, D, dtype=x.q.dtype)
+        turn = -1
+
+        def run() -> Outputs:
+            nonlocal turn
+            turn = (turn + 1) % len(states)
+            ops.gdn_fused_recurrent_gated_delta_rule_packed_decode(mixed, a, b, x.a_log, x.dt_bias, x.scale, states[turn], o, index, False)
+            return {"o": o, "state": states[turn].transpose(-1, -2)}
+
+        return run
+    if B != 1:
+        q, k, v, g, beta = (t.flatten(0, 1).unsqueeze(0) for t in (x.q, x.k, x.v, x.g, x.beta))
+    else:
+        q, k, v, g, beta = x.q, x.k, x.v, x.g, x.beta
+    chunk = 32
+    each = -(-T // chunk)
+    cu = torch.arange(B + 1, dtype=torch.int32) * T
+    indices = torch.tensor([(s, n) for s in range(B) for n in range(each)], dtype=torch.int32)
+    offsets = torch.arange(B + 1, dtype=torch.int32) * each
+
+    def forward() -> Outputs:
+        o, _ = ops.gdn_chunk_gated_delta_rule_fwd(q, k, v, g, beta, x.scale, None, True, chunk, cu, indices, offsets)
+        return {"o": o.view(B, T, H, D)}
+
+    return forward
+
+
+def transformers(x: Inputs) -> Run:
+    if x.case.mode == "decode":
+        raise Absent("its recurrent path was 20x slower than the others at decoding")
+    missing = object()
+    before = sys.modules.get("fla", missing)
+    sys.modules["fla"] = None  # type: ignore[assignment]  # it would be called in place of the torch path
+    try:
+        from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
+    finally:
+        if before is missing:
+            del sys.modules["fla"]
+        else:
+            sys.modules["fla"] = before  # type: ignore[assignment]
+    plain = inspect.unwrap(torch_chunk_gated_delta_rule)
+    return backward(lambda *t: plain(*t)[0], x)
+
+
+def bitsandbytes_fork(x: Inputs) -> Run:
+    if x.case.mode == "decode":
+        raise Absent("no decode step in place")
+    spec = importlib.util.find_spec("bitsandbytes")
+    if spec is None or not spec.origin:
+        raise ImportError("No module named 'bitsandbytes'")
+    folder = pathlib.Path(spec.origin).parent
+    os.environ["GDN_CPU_CHUNK"] = "64"
+    fast = folder / "libbitsandbytes_cpu_avx512.so"
+    if fast.exists() and torch.backends.cpu.get_cpu_capability() == "AVX512":
+        os.environ["GDN_CPU_LIB"] = str(fast)
+    module_spec = importlib.util.spec_from_file_location("bench_bnb_gdn_cpu", folder / "gdn_cpu.py")
+    if module_spec is None or module_spec.loader is None or not (folder / "gdn_cpu.py").exists():
+        raise Absent("this bitsandbytes is not the CPU fork")
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    f = module.fused_recurrent_gated_delta_rule
+    return backward(lambda q, k, v, g, beta: f(q, k, v, beta, g, scale=x.scale)[0], x)
+
+
+def chunked_torch(x: Inputs) -> Run:
+    from . import chunked_torch as m
+
+    if x.case.mode == "decode":
+        states = [s.clone() for s in x.states]
+        return rotating(x, lambda n: m.step_(x.q, x.k, x.v, x.g, x.beta, states[n], x.scale).to(x.q.dtype), states)
+    return backward(lambda *t: m.chunked_gated_delta_rule(*t, x.scale), x)
+
+
+PEERS = [
+    Peer("remora", "remora", remora, ours=True),
+    Peer("remora, gates in kernel", "remora", remora_gates, ours=True),
+    Peer("onnxruntime LinearAttention", "onnxruntime", onnxruntime),
+    Peer("onnxruntime between casts", "onnxruntime", onnxruntime_cast),
+    Peer("zentorch", "zentorch", zentorch),
+    Peer("bitsandbytes-cpu-fork", "bitsandbytes-cpu-fork", bitsandbytes_fork),
+    Peer("transformers", "transformers", transformers),
+    Peer("hand-chunked torch", "torch", chunked_torch),
+]

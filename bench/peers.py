@@ -178,17 +178,18 @@ def zentorch(x: Inputs) -> Run:
         raise Absent("forward only")
     B, T, H, D = case.B, case.T, case.H, case.D
     if case.mode == "decode":
-        states = [s.transpose(-1, -2).contiguous() for s in x.states]
+        # slot 0 is its null block: a sequence that points there is skipped
+        states = [torch.cat([torch.zeros(1, H, D, D), s.transpose(-1, -2)]) for s in x.states]
         mixed = torch.cat([t.flatten(1) for t in (x.q, x.k, x.v)], -1)
         a, b = x.a.view(B, H), x.b.view(B, H)
-        index, o = torch.arange(B, dtype=torch.int32), torch.empty(B, 1, H, D, dtype=x.q.dtype)
+        index, o = torch.arange(1, B + 1, dtype=torch.int32), torch.empty(B, 1, H, D, dtype=x.q.dtype)
         turn = -1
 
         def run() -> Outputs:
             nonlocal turn
             turn = (turn + 1) % len(states)
             ops.gdn_fused_recurrent_gated_delta_rule_packed_decode(mixed, a, b, x.a_log, x.dt_bias, x.scale, states[turn], o, index, False)
-            return {"o": o, "state": states[turn].transpose(-1, -2)}
+            return {"o": o, "state": states[turn][1:].transpose(-1, -2)}
 
         return run
     if B != 1:

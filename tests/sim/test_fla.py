@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 B, T, H, D, CHUNK = 1, 128, 4, 128, 64
 
 # Module, kernel, pointer arguments, scalar arguments, constants. Every other argument is None, as for an optional tensor.
-SHAPE = {"H": H, "K": D, "V": D, "BT": CHUNK, "IS_VARLEN": False}
+SHAPE = {"H": H, "HV": H, "STATE_V_FIRST": False, "K": D, "V": D, "BT": CHUNK, "IS_VARLEN": False}
 KERNELS = {
     "chunk_h": (
         "fla.ops.common.chunk_h",

@@ -1,67 +1,84 @@
 #include "check/allocations.h"
 
 #include <algorithm>
+#include <cstring>
 #include <mutex>
 
 namespace ptxsim {
 
+/// Calls f(range) for every range that shares a byte with [begin, end).
+template <class F>
+void Allocations::for_overlapping(uint64_t begin, uint64_t end, F&& f) const {
+  for (auto it = ranges_.lower_bound(begin - std::min(begin, longest_)); it != ranges_.end() && it->first < end; ++it)
+    if (it->second->end > begin) f(it->second);
+}
+
 void Allocations::add(const void* p, uint64_t bytes, std::string name, bool initialised) {
-  const std::unique_lock lock(mutex_);
   auto a = std::make_shared<Allocation>();
   a->begin = reinterpret_cast<uint64_t>(p);
   a->end = a->begin + bytes;
   a->name = std::move(name);
-  if (!initialised) a->written.assign(bytes, 0);
-  freed_.erase(a->begin);
-  ranges_[a->begin] = std::move(a);
-}
-
-void Allocations::remove(const void* p, bool remember) {
+  if (!initialised) a->written.reset(static_cast<uint8_t*>(std::calloc(std::max<uint64_t>(bytes, 1), 1)));
   const std::unique_lock lock(mutex_);
-  auto it = ranges_.find(reinterpret_cast<uint64_t>(p));
-  if (it == ranges_.end()) return;
-  if (remember) {
-    auto freed = std::make_shared<Allocation>(*it->second);
-    freed->freed = true;
-    freed->written.clear();
-    freed_[it->first] = std::move(freed);
-  }
-  ranges_.erase(it);
+  for_overlapping(a->begin, a->end, [&](const auto& other) { other->alone = a->alone = false; });
+  freed_.erase(a->begin);
+  longest_ = std::max(ranges_.empty() ? 0 : longest_, bytes);
+  ranges_.emplace(a->begin, std::move(a));
+  version_.fetch_add(1, std::memory_order_release);
 }
 
-std::shared_ptr<Allocation> Allocations::find(uint64_t a) const {
-  const std::shared_lock lock(mutex_);
-  auto it = ranges_.upper_bound(a);
-  if (it == ranges_.begin()) return nullptr;
+bool Allocations::remove(const void* p, bool remember) {
+  const std::unique_lock lock(mutex_);
+  const auto begin = reinterpret_cast<uint64_t>(p);
+  auto it = ranges_.upper_bound(begin);
+  if (it == ranges_.begin() || std::prev(it)->first != begin) return false;
   --it;
-  return a < it->second->end ? it->second : nullptr;
+  if (remember) freed_[begin] = {it->second->end, it->second->name};
+  ranges_.erase(it);
+  version_.fetch_add(1, std::memory_order_release);
+  return true;
+}
+
+std::shared_ptr<Allocation> Allocations::find(uint64_t a, uint64_t bytes) const {
+  const std::shared_lock lock(mutex_);
+  std::shared_ptr<Allocation> found;
+  for_overlapping(a, a + bytes, [&](const auto& range) {
+    if (range->holds(a, bytes)) found = range;
+  });
+  return found;
+}
+
+uint64_t Allocations::first_unwritten(uint64_t a, uint64_t bytes) const {
+  const std::shared_lock lock(mutex_);
+  for (uint64_t at = a; at < a + bytes; ++at) {
+    bool written = false;
+    for_overlapping(at, at + 1, [&](const auto& r) { written |= !r->written || r->written[at - r->begin]; });
+    if (!written) return at;
+  }
+  return a + bytes;
 }
 
 void Allocations::mark_written(const void* p, uint64_t bytes) {
-  auto begin = reinterpret_cast<uint64_t>(p);
-  const uint64_t end = begin + bytes;
-  while (begin < end) {
-    auto a = find(begin);
-    if (!a) return;
-    const uint64_t stop = std::min(end, a->end);
-    if (!a->written.empty())
-      std::fill(a->written.begin() + static_cast<std::ptrdiff_t>(begin - a->begin),
-                a->written.begin() + static_cast<std::ptrdiff_t>(stop - a->begin), uint8_t{1});
-    begin = stop;
-  }
+  const std::shared_lock lock(mutex_);
+  const auto begin = reinterpret_cast<uint64_t>(p);
+  for_overlapping(begin, begin + bytes, [&](const auto& r) {
+    if (!r->written) return;
+    const uint64_t first = std::max(begin, r->begin), last = std::min(begin + bytes, r->end);
+    std::memset(r->written.get() + (first - r->begin), 1, last - first);
+  });
 }
 
 std::string Allocations::describe(uint64_t address) const {
   const std::shared_lock lock(mutex_);
-  auto nearest = [&](const auto& map) -> std::shared_ptr<Allocation> {
-    auto it = map.upper_bound(address);
-    return it == map.begin() ? nullptr : std::prev(it)->second;
-  };
-  if (auto f = nearest(freed_); f && address < f->end) return "inside freed " + f->name;
-  if (auto a = nearest(ranges_))
-    return std::to_string(address - a->end) + " bytes behind the end of " + a->name + " of " +
-           std::to_string(a->end - a->begin) + " bytes";
-  auto next = ranges_.lower_bound(address);
+  if (auto f = freed_.upper_bound(address); f != freed_.begin() && address < std::prev(f)->second.end)
+    return "inside freed " + std::prev(f)->second.name;
+  const auto next = ranges_.upper_bound(address);
+  if (next != ranges_.begin()) {
+    const Allocation& a = *std::prev(next)->second;
+    const std::string size = a.name + " of " + std::to_string(a.end - a.begin) + " bytes";
+    if (address < a.end) return "across the end of " + size;
+    return std::to_string(address - a.end) + " bytes behind the end of " + size;
+  }
   if (next != ranges_.end()) return std::to_string(next->first - address) + " bytes before " + next->second->name;
   return "no allocation is registered";
 }

@@ -1,5 +1,7 @@
 #include "check/observer.h"
 
+#include <algorithm>
+#include <cstring>
 #include <sstream>
 
 #include "check/allocations.h"
@@ -16,29 +18,52 @@ std::string hex(uint64_t v) {
   return s.str();
 }
 
-/// memcheck and initcheck of global memory.
+/// The range that holds an access; remembers the last one, per thread.
+const Allocation* allocation_of(uint64_t addr, uint64_t bytes) {
+  thread_local std::shared_ptr<Allocation> last;
+  thread_local uint64_t version = ~uint64_t{0};
+  const uint64_t now = allocations().version();
+  if (last && version == now && last->holds(addr, bytes)) return last.get();
+  version = now;
+  last = allocations().find(addr, bytes);
+  return last.get();
+}
+
+/// memcheck and initcheck of one lane's access of global memory.
 void check_global(Warp& w, AccessKind kind, uint32_t lane, uint64_t addr, uint64_t bytes) {
   const Options& opt = w.launch->options;
-  thread_local std::shared_ptr<Allocation> cached;
-  if (!cached || addr < cached->begin || addr + bytes > cached->end || cached.use_count() < 2)
-    cached = allocations().find(addr);
-  const char* verb = kind == AccessKind::load ? "read" : kind == AccessKind::store ? "write" : "atomic";
-  if (!cached || addr + bytes > cached->end) {
+  const Allocation* a = allocation_of(addr, bytes);
+  if (!a) {
     // Kernel parameters may be read through generic pointers.
     const auto params = reinterpret_cast<uint64_t>(w.launch->params.data());
     if (kind == AccessKind::load && addr >= params && addr + bytes <= params + w.launch->params.size()) return;
     if (!opt.memcheck) return;
+    const char* verb = kind == AccessKind::load ? "read" : kind == AccessKind::store ? "write" : "atomic";
     fault(w, lane,
           std::string("memcheck: invalid global ") + verb + " of " + std::to_string(bytes) + " bytes at " + hex(addr) +
               ": " + allocations().describe(addr));
   }
-  if (!opt.initcheck || cached->written.empty()) return;
-  uint8_t* written = cached->written.data() + (addr - cached->begin);
-  if (kind != AccessKind::store)
-    for (uint64_t i = 0; i < bytes; ++i)
-      if (!written[i])
-        fault(w, lane, "initcheck: read of uninitialised global memory at " + hex(addr + i) + " in " + cached->name);
-  if (kind != AccessKind::load) std::fill_n(written, bytes, uint8_t{1});
+  if (!opt.initcheck || (a->alone && !a->written)) return;
+  if (kind != AccessKind::store) {
+    const uint8_t* written = a->written.get() + (addr - a->begin);
+    const bool ok = a->alone && std::all_of(written, written + bytes, [](uint8_t x) { return x != 0; });
+    const uint64_t bad = ok ? addr + bytes : allocations().first_unwritten(addr, bytes);
+    if (bad < addr + bytes)
+      fault(w, lane, "initcheck: read of uninitialised global memory at " + hex(bad) + " in " + a->name);
+  }
+  if (kind == AccessKind::load) return;
+  if (a->alone)
+    std::memset(a->written.get() + (addr - a->begin), 1, bytes);
+  else
+    allocations().mark_written(reinterpret_cast<const void*>(addr), bytes);
+}
+
+void check_global(Warp& w, AccessKind kind, uint32_t mask, uint64_t bytes, const uint64_t* addr) {
+  uint64_t low = ~uint64_t{0}, high = 0;
+  for_lanes(mask, [&](uint32_t l) { low = std::min(low, addr[l]), high = std::max(high, addr[l]); });
+  const Allocation* a = high - low < kHostLimit ? allocation_of(low, high - low + bytes) : nullptr;
+  if (a && (!w.launch->options.initcheck || (a->alone && !a->written))) return;
+  for_lanes(mask, [&](uint32_t l) { check_global(w, kind, l, addr[l], bytes); });
 }
 
 }  // namespace
@@ -48,18 +73,21 @@ void observe(Warp& w, const Inst& in, Space space, AccessKind kind, uint32_t mas
   const Options& opt = w.launch->options;
   Worker& worker = *w.cta->worker;
   if (space == Space::global) {
-    if (opt.memcheck || opt.initcheck) for_lanes(mask, [&](uint32_t l) { check_global(w, kind, l, a.addr[l], bytes); });
+    if (opt.memcheck || opt.initcheck) check_global(w, kind, mask, bytes, a.addr);
     if (worker.traffic) worker.traffic->global(worker.stats, kind, mask, bytes, a.addr);
   } else if (space == Space::shared) {
     if (worker.traffic) worker.traffic->shared(worker.stats, kind, mask, bytes, a.addr);
     if (SharedShadow* shadow = w.cta->shadow.get()) {
-      // mbarrier operations tell the shadow themselves whether they release or acquire.
       using Order = SharedShadow::Order;
-      const bool strong = kind == AccessKind::atomic || in.mem.volatile_or_relaxed;
+      const bool stores_now = in.klass == InstClass::st_shared || in.klass == InstClass::st_generic;
+      // mbarrier operations tell the shadow themselves whether they release or acquire.
       const bool mbarrier = in.klass == InstClass::barrier || in.klass == InstClass::async_copy;
-      const Order order = !strong ? Order::plain : mbarrier ? Order::atomic : Order::strong;
-      shadow->next_instruction();
-      for_lanes(mask, [&](uint32_t l) { shadow->access(w, kind, order, l, a.host[l], bytes); });
+      Order order = Order::plain;
+      if (kind == AccessKind::atomic || in.mem.volatile_or_relaxed)
+        order = mbarrier ? Order::atomic : Order::strong;
+      else if (in.mem.deferred && kind == AccessKind::store)
+        order = Order::async;
+      shadow->access(w, kind, order, mask, a.host, bytes, stores_now);
     }
   }
 }
@@ -72,8 +100,9 @@ void observe_range(Warp& w, Space space, AccessKind kind, uint32_t lane, uint64_
     if (opt.memcheck || opt.initcheck) check_global(w, kind, lane, addr, bytes);
     if (worker.traffic) worker.traffic->global_range(worker.stats, kind, addr, bytes);
   } else if (space == Space::shared && w.cta->shadow) {
-    w.cta->shadow->next_instruction();
-    w.cta->shadow->access(w, kind, SharedShadow::Order::plain, lane, host, bytes);
+    uint8_t* hosts[kWarpSize] = {};
+    hosts[lane] = host;
+    w.cta->shadow->access(w, kind, SharedShadow::Order::plain, 1u << lane, hosts, bytes);
   }
 }
 

@@ -9,41 +9,55 @@ namespace {
 constexpr uint64_t kSector = 32;
 }
 
+void SectorSet::merge(const SectorSet& other) {
+  for (const auto& [number, page] : other.pages_) {
+    Page& mine = pages_[number];
+    for (size_t i = 0; i < page.size(); ++i) mine[i] |= page[i];
+  }
+}
+
+uint64_t SectorSet::size() const {
+  uint64_t n = 0;
+  for (const auto& [number, page] : pages_)
+    for (uint64_t bits : page) n += static_cast<uint64_t>(__builtin_popcountll(bits));
+  return n;
+}
+
 void TrafficCounter::global(LaunchStats& s, AccessKind kind, uint32_t mask, unsigned bytes, const uint64_t* addr) {
   GlobalTraffic& t = kind == AccessKind::load ? s.global_load : s.global_store;
-  auto& footprint = kind == AccessKind::load ? loaded : stored;
-  uint64_t sectors[kWarpSize * 4];
-  unsigned n = 0;
-  uint64_t distinct_bytes = 0, last = ~0ull;
+  SectorSet& footprint = kind == AccessKind::load ? loaded : stored;
   uint64_t sorted[kWarpSize];
   unsigned lanes = 0;
+  bool ascending = true;
   for_lanes(mask, [&](uint32_t l) {
+    ascending &= lanes == 0 || sorted[lanes - 1] <= addr[l];
     sorted[lanes++] = addr[l];
-    const uint64_t first = addr[l] / kSector, end = (addr[l] + bytes - 1) / kSector;
-    for (uint64_t q = first; q <= end && n < std::size(sectors); ++q)
-      if (q != last) sectors[n++] = last = q;
   });
-  std::sort(sectors, sectors + n);
-  n = static_cast<unsigned>(std::unique(sectors, sectors + n) - sectors);
-  // The ideal: the distinct bytes of the request, packed.
-  std::sort(sorted, sorted + lanes);
-  uint64_t reach = 0;
+  if (!ascending) std::sort(sorted, sorted + lanes);
+  // In ascending order a sector or byte has been seen if it is not behind the last one.
+  uint64_t distinct_bytes = 0, reach = 0, next_sector = 0;
   for (unsigned i = 0; i < lanes; ++i) {
-    const uint64_t begin = std::max(sorted[i], reach), end = sorted[i] + bytes;
-    if (end > begin) distinct_bytes += end - begin;
-    reach = std::max(reach, end);
+    const uint64_t begin = sorted[i], end = begin + bytes;
+    if (end > reach) {
+      distinct_bytes += end - std::max(begin, reach);
+      reach = end;
+    }
+    for (uint64_t q = std::max(begin / kSector, next_sector); q * kSector < end; ++q) {
+      ++t.sectors;
+      footprint.insert(q);
+      next_sector = q + 1;
+    }
   }
   ++t.requests;
-  t.sectors += n;
+  // The ideal: the distinct bytes of the request, packed.
   t.ideal_sectors += (distinct_bytes + kSector - 1) / kSector;
   t.bytes += uint64_t{bytes} * lanes;
-  for (unsigned i = 0; i < n; ++i) footprint.insert(sectors[i]);
 }
 
 void TrafficCounter::global_range(LaunchStats& s, AccessKind kind, uint64_t addr, uint64_t bytes) {
   if (!bytes) return;
   GlobalTraffic& t = kind == AccessKind::load ? s.global_load : s.global_store;
-  auto& footprint = kind == AccessKind::load ? loaded : stored;
+  SectorSet& footprint = kind == AccessKind::load ? loaded : stored;
   const uint64_t first = addr / kSector, last = (addr + bytes - 1) / kSector;
   t.sectors += last - first + 1;
   t.ideal_sectors += (bytes + kSector - 1) / kSector;
@@ -52,23 +66,26 @@ void TrafficCounter::global_range(LaunchStats& s, AccessKind kind, uint64_t addr
 }
 
 unsigned shared_wavefronts(uint32_t mask, unsigned bytes, const uint64_t* addr, unsigned* ideal) {
-  const unsigned lanes_per_phase = bytes <= 4 ? 32 : bytes <= 8 ? 16 : 8;
+  // A unit is what a lane accesses of one bank group: a word, two or four (aligned, so units coincide or are disjoint).
+  const unsigned unit = bytes <= 4 ? 4 : bytes <= 8 ? 8 : 16;
+  const unsigned lanes_per_phase = 128 / unit, groups = 128 / unit;
   unsigned total = 0;
   *ideal = 0;
   for (unsigned phase = 0; phase < kWarpSize / lanes_per_phase; ++phase) {
-    const uint32_t phase_mask =
-        lanes_per_phase == 32 ? mask : mask & (((1u << lanes_per_phase) - 1) << (phase * lanes_per_phase));
-    if (!phase_mask) continue;
-    // Distinct words per bank decide how often the bank is read.
-    uint64_t words[kWarpSize * 4];
-    unsigned n = 0;
-    for_lanes(phase_mask, [&](uint32_t l) {
-      for (uint64_t w = addr[l] / 4; w <= (addr[l] + bytes - 1) / 4; ++w) words[n++] = w;
+    const uint32_t lanes = mask & (kAllLanes >> (kWarpSize - lanes_per_phase)) << (phase * lanes_per_phase);
+    if (!lanes) continue;
+    // Distinct units per group decide how often its banks are accessed.
+    uint64_t seen[kWarpSize][kWarpSize];
+    uint8_t count[kWarpSize] = {};
+    unsigned most = 0;
+    for_lanes(lanes, [&](uint32_t l) {
+      const uint64_t u = addr[l] / unit;
+      uint64_t* of_group = seen[u % groups];
+      uint8_t& n = count[u % groups];
+      if (std::find(of_group, of_group + n, u) != of_group + n) return;
+      of_group[n++] = u;
+      most = std::max<unsigned>(most, n);
     });
-    std::sort(words, words + n);
-    n = static_cast<unsigned>(std::unique(words, words + n) - words);
-    unsigned per_bank[32] = {}, most = 0;
-    for (unsigned i = 0; i < n; ++i) most = std::max(most, ++per_bank[words[i] % 32]);
     total += most;
     *ideal += 1;
   }
@@ -84,10 +101,8 @@ void TrafficCounter::shared(LaunchStats& s, AccessKind kind, uint32_t mask, unsi
   t.bytes += uint64_t{bytes} * static_cast<unsigned>(__builtin_popcount(mask));
 }
 
-void TrafficCounter::finish(LaunchStats&) {}
-
 void merge_footprints(std::vector<Worker>& workers, LaunchStats& total) {
-  std::unordered_set<uint64_t> loaded, stored;
+  SectorSet loaded, stored;
   for (Worker& w : workers) {
     if (!w.traffic) continue;
     loaded.merge(w.traffic->loaded);

@@ -62,12 +62,15 @@ void exec_cp_async(Warp& w, const Inst& in) {
 }
 
 void exec_commit(Warp& w, const Inst&) {
+  if (w.cta->shadow) w.cta->shadow->commit_group(w);
   for_lanes(w.exec, [&](uint32_t l) { w.async->cp_async[l].commit(); });
 }
 void exec_wait_group(Warp& w, const Inst& in) {
+  if (w.cta->shadow) w.cta->shadow->wait_group(w, in.imm[0]);
   for_lanes(w.exec, [&](uint32_t l) { w.async->cp_async[l].wait(in.imm[0]); });
 }
 void exec_wait_all(Warp& w, const Inst&) {
+  if (w.cta->shadow) w.cta->shadow->wait_all(w);
   for_lanes(w.exec, [&](uint32_t l) { w.async->cp_async[l].drain(); });
 }
 
@@ -76,6 +79,7 @@ void exec_mbarrier_arrive(Warp& w, const Inst& in) {
   LaneAddresses a;
   lane_addresses(w, in, in.op[0], AccessKind::atomic, a);
   const bool late = w.launch->options.async == AsyncMode::late;
+  if (w.cta->shadow) w.cta->shadow->wait_all(w);  // whoever waits for the mbarrier has waited for the copies
   for_lanes(w.exec, [&](uint32_t l) {
     Mbarrier m = Mbarrier::load(a.host[l]);
     if (w.cta->shadow) w.cta->shadow->release(w, a.host[l]);
@@ -149,6 +153,7 @@ void decode_cp(Decode& d) {
       d.absent();
     d.inst.mem.space = Space::shared;
     d.inst.mem.elem_bytes = static_cast<uint8_t>(d.inst.imm[0]);
+    d.inst.mem.deferred = true;
     d.exec(exec_cp_async, InstClass::async_copy);
     return d.finish();
   }

@@ -1,8 +1,9 @@
 // ld and st in every space, scalar and vector.
-#include "check/observer.h"
+#include "check/shadow.h"
 #include "ops/lanes.h"
 #include "ops/space.h"
 #include "ops/table.h"
+#include "sim/cta.h"
 #include "sim/memory.h"
 
 namespace ptxsim {
@@ -50,6 +51,7 @@ void exec_store(Warp& w, const Inst& in) {
       std::memcpy(a.host[l] + v * sizeof(M), &value, sizeof(M));
     });
   }
+  if (SharedShadow* shadow = w.cta->shadow.get()) shadow->settle(w);
 }
 
 /// Kernel parameters at a constant offset: one value for all lanes.

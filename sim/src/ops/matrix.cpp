@@ -1,6 +1,6 @@
 // mma.sync and the movement of 8x8 tiles: ldmatrix, stmatrix, movmatrix.
 #include "ops/matrix.h"
-#include "check/observer.h"
+#include "check/shadow.h"
 #include "ops/fragments.h"
 #include "ops/space.h"
 #include "ops/sync.h"
@@ -282,6 +282,7 @@ void exec_stmatrix(Warp& w, const Inst& in) {
       }
     }
   }
+  if (SharedShadow* shadow = w.cta->shadow.get()) shadow->settle(w);
 }
 
 void decode_matrix_move(Decode& d) {

@@ -7,7 +7,11 @@
 
 #include <chrono>
 #include <cstring>
+#include <mutex>
+#include <set>
+#include <string>
 
+#include "ptxsim/ptxsim.h"
 #include "runtime/device.h"
 #include "runtime/registry.h"
 #include "runtime/tensor_map.h"
@@ -24,6 +28,14 @@ struct Event {
   std::chrono::steady_clock::time_point when;
 };
 struct Stream {};
+
+/// The message of the last failure, for good: callers may keep what cudaGetErrorString returns.
+const char* launch_failure_text() {
+  static std::mutex mutex;
+  static auto* texts = new std::set<std::string>;
+  const std::lock_guard lock(mutex);
+  return texts->insert("launch failure: " + last_error_message()).first->c_str();
+}
 
 cudaError_t entry_point(const char* symbol, void** out, cudaDriverEntryPointQueryResult* status) {
   if (std::strcmp(symbol, "cuTensorMapEncodeTiled") == 0) {
@@ -276,7 +288,7 @@ const char* cudaGetErrorString(cudaError_t e) {
     case cudaErrorNotSupported:
       return "operation not supported by the simulator";
     case cudaErrorLaunchFailure:
-      return "launch failure (the message was printed to stderr)";
+      return launch_failure_text();
     default:
       return "unknown error";
   }

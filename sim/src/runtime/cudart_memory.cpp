@@ -30,9 +30,8 @@ cudaError_t allocate(void** out, size_t bytes, const char* what) {
 }
 cudaError_t release(void* p) {
   if (!p) return cudaSuccess;
-  if (!allocations().find(reinterpret_cast<uint64_t>(p)))
+  if (!allocations().remove(p, true))
     return record(cudaErrorInvalidValue, "cudaFree of a pointer that was not allocated");
-  allocations().remove(p, true);
   std::free(p);
   return cudaSuccess;
 }

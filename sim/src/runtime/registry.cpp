@@ -24,6 +24,7 @@ void print_stats_at_exit() { std::fputs(stats_table().c_str(), stderr); }
 }  // namespace
 
 Module& FatBinary::load() {
+  const std::lock_guard lock(mutex);
   if (!module) module = std::make_unique<Module>(ptx_of_fatbin(wrapper, options().arch));
   return *module;
 }

@@ -16,6 +16,7 @@ namespace ptxsim {
 /// One registered fat binary; its PTX is parsed when first used.
 struct FatBinary {
   const void* wrapper = nullptr;
+  std::mutex mutex;
   std::unique_ptr<Module> module;
   Module& load();
 };

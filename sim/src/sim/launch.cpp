@@ -130,7 +130,6 @@ LaunchStats run_launch(Launch& launch) {
 
   LaunchStats total;
   for (Worker& w : workers) {
-    if (w.traffic) w.traffic->finish(w.stats);
     total.add(w.stats);
   }
   if (launch.options.memory_stats) merge_footprints(workers, total);

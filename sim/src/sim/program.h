@@ -78,6 +78,7 @@ struct MemoryAccess {
   uint8_t elem_bytes = 0;
   uint8_t vec = 1;
   bool volatile_or_relaxed = false;  ///< a strong access: polls, so yield to others
+  bool deferred = false;             ///< cp.async: done when the thread has waited for it
   bool cluster = false;              ///< .shared::cluster: other CTAs' shared memory allowed
 };
 

@@ -1,0 +1,27 @@
+// Interface between bwd_launch.cu and the instantiations of the backward kernels.
+#pragma once
+#include <cuda_runtime_api.h>
+
+#include "common/launch.h"
+#include "recurrence/gated_delta_rule/params.h"
+
+namespace remora {
+
+/// Shared memory a CTA may use: every device of compute capability 8.0 or more; 8.0, 9.0 and 10.x.
+constexpr int kSmallSmemSize = 99 * 1024;
+constexpr int kLargeSmemSize = 163 * 1024;
+
+constexpr bool has_large_smem(int arch) { return arch == 80 || (arch >= 90 && arch < 120); }
+
+/// Parts of the workspace, in this order.
+struct BwdWorkspace {
+  int64_t num_chunk_slots;
+  int64_t d_states_size;    // bytes, [chunk slots, HV, V, HEAD_DIM] of saved_dtype
+  int64_t group_sums_size;  // bytes, dq and dk of a chunk in float while a group is summed
+};
+
+template <typename T, int HEAD_DIM>
+cudaError_t run_gated_delta_rule_bwd(const GatedDeltaRuleBwdParams& params, const BwdWorkspace& workspace,
+                                     const Launch& launch);
+
+}  // namespace remora

@@ -1,0 +1,364 @@
+// Backward pass of the gated delta rule, first kernel: the gradient of the state, walking chunks right to left.
+// Everything is transposed, rows are columns of V, so that a warp needs no other warp's results:
+//
+//   dU^T = dS^T (K e^{G_C - G})^T + (dO^T A)                    A: with scale, norms and decay
+//   X^T  = dU^T - (beta dU)^T Y
+//   dS^T = e^{G_C} dS^T + (dO s e^G)^T Q - (beta X e^G)^T K
+//
+//   q, k                [B, T, H, K]     T, strided
+//   d_o                 [B, T, HV, V]    T
+//   dv                  [B, T, HV, V]    T: X, for the chunk kernel
+//   d_states            [chunk slots, HV, V, HEAD_DIM]  TSaved: gradient of the state that leaves each chunk
+//   d_final_state, d_initial_state       [N, HV, K, V] or [N, HV, V, K], float
+//
+// Grid: one CTA per (sequence, value head, BLOCK_V columns of V). Warps 0..3 carry dS^T of 16 columns each in
+// accumulators, which are operands of the next product as they are. Warps 4..7 load Q, K, dO, and prepare A and Y one
+// chunk ahead. Named barriers hand the stages over: kFull + stage, kEmpty + stage.
+#pragma once
+#include "common/barrier.cuh"
+#include "common/copy.cuh"
+#include "recurrence/gated_delta_rule/bwd_chunk_kernel.cuh"
+
+namespace remora {
+
+/// Where dS^T of a warp lies in the tensors [N, HV, K, V] or [N, HV, V, K].
+struct StatePlace {
+  int64_t offset, k_stride, v_stride;
+  int num_k, num_v;  // within the warp's 16 columns of V
+
+  template <typename Body>
+  __device__ __forceinline__ void for_each(int tile, const Body& body) const {
+    const int row = threadIdx.x % 32 / 4, col = threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int k = tile * 8 + col + i % 2, v = row + i / 2 * 8;
+      if (k < num_k && v < num_v) body(i, offset + k * k_stride + v * v_stride);
+    }
+  }
+};
+
+/// Stores dS^T as rows of HEAD_DIM elements. Neighbouring lanes exchange halves so that a row gets whole sectors.
+template <typename TSaved, int HEAD_DIM>
+__device__ __forceinline__ void store_d_state(TSaved* rows, const FragC (&d_state)[HEAD_DIM / 8], int num_rows) {
+  const int row = threadIdx.x % 32 / 4, lane = threadIdx.x % 4;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    TSaved* out = rows + (row + i * 8) * int64_t{HEAD_DIM};
+    const bool valid = row + i * 8 < num_rows;
+#pragma unroll
+    for (int n = 0; n < HEAD_DIM / 8; n += 2) {
+      if constexpr (sizeof(TSaved) == 4) {
+        if (valid) {
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            *reinterpret_cast<float2*>(out + (n + h) * 8 + lane * 2) = {d_state[n + h].r[2 * i],
+                                                                        d_state[n + h].r[2 * i + 1]};
+          }
+        }
+      } else {
+        const uint32_t first = pack<TSaved>(d_state[n].r[2 * i], d_state[n].r[2 * i + 1]);
+        const uint32_t second = pack<TSaved>(d_state[n + 1].r[2 * i], d_state[n + 1].r[2 * i + 1]);
+        const bool is_odd = lane % 2;
+        const uint32_t other = __shfl_xor_sync(kFullWarp, is_odd ? first : second, 1);
+        if (valid) {
+          *reinterpret_cast<uint2*>(out + (n + lane % 2) * 8 + lane / 2 * 4) =
+              is_odd ? make_uint2(other, second) : make_uint2(first, other);
+        }
+      }
+    }
+  }
+}
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kNumThreads, 1)
+    gated_delta_rule_bwd_state_kernel(const __grid_constant__ GatedDeltaRuleBwdParams params,
+                                      typename Traits::TSaved* __restrict__ d_states) {
+  using T = typename Traits::T;
+  using TY = typename Traits::TY;
+  using Smem = typename Traits::Smem;
+  constexpr int BLOCK_T = Traits::BLOCK_T, BLOCK_V = Traits::BLOCK_V, HEAD_DIM = Traits::HEAD_DIM;
+  constexpr int kNumThreads = Traits::kNumThreads, kNumChainWarps = Traits::kNumChainWarps;
+  constexpr int kNumPrepared = Traits::kNumPrepared, kNumLoads = Traits::kNumLoads;
+  constexpr int kTilesT = BLOCK_T / 8, kTilesK = HEAD_DIM / 8;
+  using KeyTile = SmemTile<T, HEAD_DIM>;
+  using ValueTile = SmemTile<T, BLOCK_V>;
+
+  extern __shared__ __align__(128) uint8_t smem_bytes[];
+  Smem& smem = *reinterpret_cast<Smem*>(smem_bytes);
+
+  const int warp_idx = threadIdx.x / 32;
+  const GatedDeltaRuleShape& shape = params.shape;
+  const int64_t num_v_tiles = (shape.value_dim + BLOCK_V - 1) / BLOCK_V;
+  const int64_t head = blockIdx.x / num_v_tiles % shape.num_value_heads;
+  const int64_t seq_idx = blockIdx.x / num_v_tiles / shape.num_value_heads;
+  const int64_t key_head = head / (shape.num_value_heads / shape.num_heads);
+  const Sequence seq = find_sequence(shape, params.cu_seqlens, seq_idx);
+  const int64_t batch_idx = seq.first_token / shape.seqlen, token_idx = seq.first_token % shape.seqlen;
+  const int64_t num_chunks = (seq.num_tokens + BLOCK_T - 1) / BLOCK_T;
+  const int head_dim = static_cast<int>(shape.head_dim), value_dim = static_cast<int>(shape.value_dim);
+  const int v0 = static_cast<int>(blockIdx.x % num_v_tiles) * BLOCK_V;
+  const int64_t value_stride = shape.num_value_heads * value_dim;
+  const auto tokens_of = [&](int64_t chunk_idx) {
+    return static_cast<int>(min(int64_t{BLOCK_T}, seq.num_tokens - chunk_idx * BLOCK_T));
+  };
+
+  if (warp_idx >= kNumChainWarps) {  // loads, and prepares
+    const int thread_idx = threadIdx.x - kNumChainWarps * 32;
+    constexpr int kRoleThreads = Traits::kNumPrepareWarps * 32;
+    const T* gmem_q = static_cast<const T*>(params.q) + batch_idx * params.q_stride.batch +
+                      token_idx * params.q_stride.token + key_head * params.q_stride.head;
+    const T* gmem_k = static_cast<const T*>(params.k) + batch_idx * params.k_stride.batch +
+                      token_idx * params.k_stride.token + key_head * params.k_stride.head;
+    const int64_t token_head = seq.first_token * shape.num_value_heads + head;
+    const T* gmem_d_o = static_cast<const T*>(params.d_o) + token_head * value_dim + v0;
+    const int num_cols = min(BLOCK_V, value_dim - v0);
+    const bool q_aligned = rows_are_aligned(gmem_q, params.q_stride.token, head_dim);
+    const bool k_aligned = rows_are_aligned(gmem_k, params.k_stride.token, head_dim);
+    const bool d_o_aligned = rows_are_aligned(gmem_d_o, value_stride, num_cols);
+
+    const auto load = [&](int64_t iteration) {
+      const int64_t chunk_idx = num_chunks - 1 - iteration;
+      if (chunk_idx >= 0) {
+        typename Smem::Load& to = smem.load[iteration % kNumLoads];
+        const int64_t token = chunk_idx * BLOCK_T;
+        const int num_tokens = tokens_of(chunk_idx);
+        copy_tile_async<T, BLOCK_T, HEAD_DIM, kRoleThreads>(smem_address(to.k), gmem_k + token * params.k_stride.token,
+                                                            params.k_stride.token, num_tokens, head_dim, k_aligned,
+                                                            thread_idx);
+        copy_tile_async<T, BLOCK_T, HEAD_DIM, kRoleThreads>(smem_address(to.q), gmem_q + token * params.q_stride.token,
+                                                            params.q_stride.token, num_tokens, head_dim, q_aligned,
+                                                            thread_idx);
+        copy_tile_async<T, BLOCK_T, BLOCK_V, kRoleThreads>(smem_address(to.d_o), gmem_d_o + token * value_stride,
+                                                           value_stride, num_tokens, num_cols, d_o_aligned, thread_idx);
+        const int64_t gate = token_head + token * shape.num_value_heads;
+        load_gates(to.coef, params.g == nullptr ? nullptr : static_cast<const float*>(params.g) + gate,
+                   static_cast<const float*>(params.beta) + gate, shape.num_value_heads, num_tokens, thread_idx);
+      }
+      cp_async_commit();
+    };
+
+    constexpr int kAhead = kNumLoads - kNumPrepared;
+    if constexpr (kAhead == 1) load(0);
+    for (int64_t iteration = 0; iteration < num_chunks; ++iteration) {
+      const int stage_idx = static_cast<int>(iteration % kNumPrepared);
+      if (iteration >= kNumPrepared) named_barrier_sync(Traits::kEmpty + stage_idx, kNumThreads);
+      load(iteration + kAhead);
+      cp_async_wait<kAhead>();
+      role_barrier<Traits::kNumPrepareWarps>(Traits::kPrepareRole);
+      typename Smem::Load& from = smem.load[iteration % kNumLoads];
+      typename Smem::Prepared& to = smem.prepared[stage_idx];
+      const ChunkTiles<BLOCK_T> tiles = {smem_address(from.k), smem_address(from.q),       smem_address(to.a),
+                                         smem_address(to.y),   smem_address(smem.scratch), &from.coef};
+      prepare_chunk<T, HEAD_DIM, BLOCK_T, Traits::kNumPrepareWarps, true, TY>(
+          tiles, static_cast<float>(params.scale), params.use_qk_l2norm, warp_idx - kNumChainWarps,
+          Traits::kPrepareRole);
+      named_barrier_arrive(Traits::kFull + stage_idx, kNumThreads);
+    }
+    return;
+  }
+
+  const int lane_idx = threadIdx.x % 32, row = lane_idx / 4, col = lane_idx % 4 * 2;
+  const int warp_v0 = v0 + warp_idx * 16, num_v = value_dim - warp_v0;
+  const StatePlace state_place = {((seq_idx * shape.num_value_heads + head) * head_dim) * value_dim +
+                                      warp_v0 * static_cast<int64_t>(params.state_v_first ? head_dim : 1),
+                                  params.state_v_first ? 1 : value_dim, params.state_v_first ? head_dim : 1, head_dim,
+                                  num_v};
+  FragC d_state[kTilesK] = {};
+  if (params.d_final_state != nullptr) {
+#pragma unroll
+    for (int n = 0; n < kTilesK; ++n) {
+      state_place.for_each(
+          n, [&](int i, int64_t at) { d_state[n].r[i] = static_cast<const float*>(params.d_final_state)[at]; });
+    }
+  }
+
+  const int64_t first_slot = first_chunk_slot<BLOCK_T>(seq, seq_idx);
+  for (int64_t iteration = 0; iteration < num_chunks; ++iteration) {
+    const int64_t chunk_idx = num_chunks - 1 - iteration;
+    const int stage_idx = static_cast<int>(iteration % kNumPrepared);
+    store_d_state<typename Traits::TSaved, HEAD_DIM>(
+        d_states + (((first_slot + chunk_idx) * shape.num_value_heads + head) * value_dim + warp_v0) * HEAD_DIM,
+        d_state, num_v);
+
+    named_barrier_sync(Traits::kFull + stage_idx, kNumThreads);
+    typename Smem::Load& load = smem.load[iteration % kNumLoads];
+    const uint32_t smem_q = smem_address(load.q), smem_k = smem_address(load.k), smem_d_o = smem_address(load.d_o);
+    const uint32_t smem_a = smem_address(smem.prepared[stage_idx].a), smem_y = smem_address(smem.prepared[stage_idx].y);
+    const ChunkCoefficients<BLOCK_T>& coef = load.coef;
+
+    // dU^T
+    FragC du[kTilesT] = {};
+#pragma unroll
+    for (int step = 0; step < kTilesK; step += 2) {
+      const FragA<T> a = make_a<T>(d_state[step], d_state[step + 1]);
+#pragma unroll
+      for (int n = 0; n < kTilesT; n += 2) {
+        FragB<T> b[2];
+        KeyTile::load_b(b, smem_k, n * 8, step * 8);
+        mma(du[n], a, b[0]);
+        mma(du[n + 1], a, b[1]);
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < kTilesT; ++n) {
+      const float2 weight = *reinterpret_cast<const float2*>(&coef.k_out[n * 8 + col]);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) du[n].r[i] *= i % 2 ? weight.y : weight.x;
+    }
+#pragma unroll
+    for (int i = 0; i < kTilesT / 2; ++i) {
+      const FragA<T> a = ValueTile::load_a_trans(smem_d_o, i * 16, warp_idx * 16);
+#pragma unroll
+      for (int j = 0; j <= i; ++j) {
+        FragB<T> b[2];
+        SmemBlock<T>::load_b_trans(b, smem_a + CausalTile<T, BLOCK_T>::block(i, j));
+        mma(du[2 * j], a, b[0]);
+        mma(du[2 * j + 1], a, b[1]);
+      }
+    }
+
+    // X^T
+    FragC x[kTilesT] = {};
+    {
+      float largest[2] = {};
+#pragma unroll
+      for (int n = 0; n < kTilesT; ++n) {
+        const float2 beta = *reinterpret_cast<const float2*>(&coef.beta[n * 8 + col]);
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          largest[i / 2] = fmaxf(largest[i / 2], fabsf((i % 2 ? beta.y : beta.x) * du[n].r[i]));
+      }
+      float down[2] = {1.f, 1.f}, up[2] = {1.f, 1.f};
+      if constexpr (sizeof(TY) == 2) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          largest[h] = fmaxf(largest[h], __shfl_xor_sync(kFullWarp, largest[h], 1));
+          largest[h] = fmaxf(largest[h], __shfl_xor_sync(kFullWarp, largest[h], 2));
+          const HalfRange range(largest[h]);
+          down[h] = range.down;
+          up[h] = range.up;
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kTilesT / 2; ++i) {
+        FragC beta_du[2];
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const float2 beta = *reinterpret_cast<const float2*>(&coef.beta[i * 16 + h * 8 + col]);
+#pragma unroll
+          for (int e = 0; e < 4; ++e) beta_du[h].r[e] = du[2 * i + h].r[e] * ((e % 2 ? beta.y : beta.x) * down[e / 2]);
+        }
+        const FragA<TY> a = make_a<TY>(beta_du[0], beta_du[1]);
+#pragma unroll
+        for (int j = 0; j <= i; ++j) {
+          FragB<TY> b[2];
+          SmemBlock<TY>::load_b_trans(b, smem_y + CausalTile<TY, BLOCK_T>::block(i, j));
+          mma(x[2 * j], a, b[0]);
+          mma(x[2 * j + 1], a, b[1]);
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < kTilesT; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) x[n].r[i] = du[n].r[i] + up[i / 2] * x[n].r[i];  // y holds -Y
+      }
+    }
+
+    // dS^T
+    const float decay = exp2_approx(coef.cumsum[BLOCK_T - 1]);
+#pragma unroll
+    for (int n = 0; n < kTilesK; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) d_state[n].r[i] *= decay;
+    }
+#pragma unroll
+    for (int i = 0; i < kTilesT / 2; ++i) {
+      FragA<T> a_d_o = ValueTile::load_a_trans(smem_d_o, i * 16, warp_idx * 16);
+      FragC beta_x[2];
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int token = i * 16 + h * 8 + col;
+        const float2 q_in = *reinterpret_cast<const float2*>(&coef.q_in[token]);
+        const float2 k_in = *reinterpret_cast<const float2*>(&coef.k_in[token]);
+        const float2 beta = *reinterpret_cast<const float2*>(&coef.beta[token]);
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const float2 pair = pair_of(a_d_o, 2 * h + e);
+          set_pair(a_d_o, 2 * h + e, make_float2(pair.x * q_in.x, pair.y * q_in.y));
+          beta_x[h].r[2 * e] = x[2 * i + h].r[2 * e] * (-beta.x * k_in.x);
+          beta_x[h].r[2 * e + 1] = x[2 * i + h].r[2 * e + 1] * (-beta.y * k_in.y);
+        }
+      }
+      const FragA<T> a_x = make_a<T>(beta_x[0], beta_x[1]);
+#pragma unroll
+      for (int n = 0; n < kTilesK; n += 2) {
+        FragB<T> b_q[2], b_k[2];
+        KeyTile::load_b_trans(b_q, smem_q, i * 16, n * 8);
+        KeyTile::load_b_trans(b_k, smem_k, i * 16, n * 8);
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          mma(d_state[n + h], a_d_o, b_q[h]);
+          mma(d_state[n + h], a_x, b_k[h]);
+        }
+      }
+    }
+
+    // X leaves through the warp's own columns of dO.
+    const int num_tokens = tokens_of(chunk_idx);
+    T* gmem_x = static_cast<T*>(params.dv) +
+                ((seq.first_token + chunk_idx * BLOCK_T) * shape.num_value_heads + head) * value_dim + warp_v0;
+    if constexpr (sizeof(T) == 4) {
+#pragma unroll
+      for (int n = 0; n < kTilesT; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int token = n * 8 + col + i % 2, v = row + i / 2 * 8;
+          if (token < num_tokens && v < num_v) gmem_x[token * value_stride + v] = x[n].r[i];
+        }
+      }
+    } else {
+      __syncwarp();
+#pragma unroll
+      for (int n = 0; n < kTilesT; ++n) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const uint32_t pair = transpose_8x8(pack<T>(x[n].r[2 * h], x[n].r[2 * h + 1]));
+          store_shared(smem_d_o + ValueTile::offset(n * 8 + row, warp_idx * 16 + h * 8 + col), pair);
+        }
+      }
+      __syncwarp();
+      const bool is_aligned = rows_are_aligned(gmem_x, value_stride, 8);
+      const int unit_col = lane_idx % 2 * 8;
+#pragma unroll
+      for (int token0 = 0; token0 < BLOCK_T; token0 += 16) {
+        const int token = token0 + lane_idx / 2;
+        if (token >= num_tokens || unit_col >= num_v) continue;
+        union {
+          float4 vector;
+          T element[8];
+        } unit;
+        unit.vector = load_shared_4(smem_d_o + ValueTile::offset(token, warp_idx * 16 + unit_col));
+        T* out = gmem_x + token * value_stride + unit_col;
+        if (is_aligned) {
+          *reinterpret_cast<float4*>(out) = unit.vector;
+        } else {
+#pragma unroll
+          for (int e = 0; e < 8; ++e) {
+            if (unit_col + e < num_v) out[e] = unit.element[e];
+          }
+        }
+      }
+    }
+    if (iteration + kNumPrepared < num_chunks) named_barrier_arrive(Traits::kEmpty + stage_idx, kNumThreads);
+  }
+
+  if (params.d_initial_state != nullptr) {
+#pragma unroll
+    for (int n = 0; n < kTilesK; ++n) {
+      state_place.for_each(
+          n, [&](int i, int64_t at) { static_cast<float*>(params.d_initial_state)[at] = d_state[n].r[i]; });
+    }
+  }
+}
+
+}  // namespace remora

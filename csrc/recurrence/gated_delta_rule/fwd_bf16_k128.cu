@@ -1,0 +1,7 @@
+#include "recurrence/gated_delta_rule/fwd_launch_impl.cuh"
+
+namespace remora {
+
+template cudaError_t launch_fwd_pass<__nv_bfloat16, 128>(const FwdKernelParams&, const FwdConfig&, bool, cudaStream_t);
+
+}  // namespace remora

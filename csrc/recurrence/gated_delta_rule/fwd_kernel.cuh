@@ -1,0 +1,606 @@
+// Forward pass: the state stays on chip and walks the chunks of a sequence (R form with the Y-form inverse).
+//
+//   P = S^T k_in K^T          r = V^T - P - (beta (V^T - P)) Y^T        U = beta r
+//   O^T = S^T (q_in Q)^T + U A^T         S^T = e^{G_C} S^T + (k_out U) K          (prepare.cuh names the coefficients)
+//
+//   q, k [B, T, H, K]   v, o [B, T, HV, V]   g, beta [B, T, HV]   states [N, HV, K, V]
+//
+// Grid: (sequence, span, value head, 64 columns of V), flattened on x, columns fastest so that neighbours share K and
+// Q. Warps 0..3 (state): warp w owns 16 columns of V. S^T [16, K] are its accumulators; every product is of the form
+//   [16 columns of V, x] [x, y] with the left operand made of accumulators in registers and the right one read from K,
+//   Q, A or Y in shared memory, so the warps never wait for each other inside a chunk.
+// Warps 4..7 (prepare): one chunk ahead; copy K, Q, g, beta with cp.async, run prepare_chunk.
+// A ring of num_stages stages is handed over by named barriers.
+//
+// kIsSummary: instead of outputs, the affine map S_out = M S_in + S_ext of a span, M by starting columns of the
+// identity with v = 0, S_ext by starting at zero. fwd_combine_kernel folds the maps; the output pass starts each span
+// from its exact state.
+//
+// Causal to the bit: products of one 16x16 block on the diagonal contain later tokens times zero. A warp that meets a
+// non-finite operand there clears it and then marks the outputs it should have reached (apply_causal).
+//
+// Shared memory: traits.h. Runs on sm_80 and later. Figures: README.md.
+#pragma once
+#include "common/copy.cuh"
+#include "recurrence/gated_delta_rule/params.h"
+#include "recurrence/gated_delta_rule/prepare.cuh"
+#include "recurrence/gated_delta_rule/traits.h"
+
+namespace remora {
+
+struct FwdKernelParams {
+  GatedDeltaRuleFwdParams op;
+  int64_t num_v_tiles, num_transition_tiles;
+  int num_spans, num_stages;
+  bool is_aligned;   // q, k, v, o, K and V allow 16-byte pieces
+  float* span_maps;  // per (sequence, value head, span but the last): S_ext [K, V], then M [K, K]
+};
+
+enum FwdBarrier : int { kFwdFull = 1, kFwdEmpty = kFwdFull + kFwdMaxStages, kFwdPrepare = kFwdEmpty + kFwdMaxStages };
+
+/// The tokens and columns of one CTA.
+struct FwdWork {
+  int64_t seq, head, span, tile;
+  int64_t batch;      // row of the batch tensors
+  int64_t seq_begin;  // first token of the sequence in its row
+  int64_t seq_len;
+  int64_t begin, end;  // of the span, from seq_begin
+  bool is_last;        // the span holds the sequence's last token
+};
+
+__device__ __forceinline__ int64_t clamped_cu_seqlen(const GatedDeltaRuleFwdParams& op, int64_t i) {
+  return min(max(static_cast<int64_t>(op.cu_seqlens[i]), int64_t{0}), op.shape.seqlen);
+}
+
+__device__ __forceinline__ FwdWork decode_work(const FwdKernelParams& params, int64_t num_tiles, int num_spans) {
+  const GatedDeltaRuleShape& shape = params.op.shape;
+  FwdWork work;
+  int64_t index = blockIdx.x;
+  work.tile = index % num_tiles;
+  index /= num_tiles;
+  work.head = index % shape.num_value_heads;
+  index /= shape.num_value_heads;
+  work.span = index % num_spans;
+  work.seq = index / num_spans;
+  if (params.op.cu_seqlens != nullptr) {
+    work.batch = 0;
+    work.seq_begin = clamped_cu_seqlen(params.op, work.seq);
+    work.seq_len = max(clamped_cu_seqlen(params.op, work.seq + 1) - work.seq_begin, int64_t{0});
+  } else {
+    work.batch = work.seq;
+    work.seq_begin = 0;
+    work.seq_len = shape.seqlen;
+  }
+  const int64_t span_share = (work.seq_len + params.num_spans - 1) / params.num_spans;
+  const int64_t span_len = (span_share + kStateInterval - 1) / kStateInterval * kStateInterval;
+  work.begin = min(work.span * span_len, work.seq_len);
+  work.end = min(work.begin + span_len, work.seq_len);
+  work.is_last = work.end == work.seq_len && (work.span == 0 || work.begin < work.end);
+  return work;
+}
+
+/// Column of V, within a warp's 16, of accumulator row l / 4 (the row 8 below is kSecond columns further). For 16-bit
+/// types a transposed pair of 8x8 matrices then holds four neighbouring columns a lane: 8-byte accesses.
+template <typename T>
+struct ColumnMap {
+  static constexpr int kSecond = sizeof(T) == 2 ? 2 : 8;
+  __device__ static __forceinline__ int first() {
+    const int row = threadIdx.x % 32 / 4;
+    return sizeof(T) == 2 ? row / 2 * 4 + row % 2 : row;
+  }
+};
+
+/// V^T of a chunk on its way from global memory to accumulators, 16 columns x BLOCK_T tokens.
+template <typename T, int BLOCK_T>
+struct ValueFragment {
+  uint2 raw[BLOCK_T / 8];
+
+  __device__ __forceinline__ void load(const T* src, int64_t stride_token, int num_tokens, int num_cols,
+                                       bool is_aligned) {
+    const int token = threadIdx.x % 32 / 4, col = threadIdx.x % 4 * 4;
+#pragma unroll
+    for (int i = 0; i < BLOCK_T / 8; ++i) {
+      const T* p = src + (token + i * 8) * stride_token + col;
+      raw[i] = make_uint2(0, 0);
+      if (token + i * 8 < num_tokens) {
+        if (is_aligned) {
+          if (col < num_cols) raw[i] = *reinterpret_cast<const uint2*>(p);
+        } else {
+          T x[4];
+#pragma unroll
+          for (int j = 0; j < 4; ++j) x[j] = col + j < num_cols ? p[j] : T(0.f);
+          raw[i] = make_uint2(pack<T>(static_cast<float>(x[0]), static_cast<float>(x[1])),
+                              pack<T>(static_cast<float>(x[2]), static_cast<float>(x[3])));
+        }
+      }
+    }
+  }
+  __device__ __forceinline__ FragC get(int i) const {
+    const float2 lo = unpack<T>(transpose_8x8(raw[i].x)), hi = unpack<T>(transpose_8x8(raw[i].y));
+    return {{lo.x, lo.y, hi.x, hi.y}};
+  }
+};
+
+template <int BLOCK_T>
+struct ValueFragment<float, BLOCK_T> {
+  float raw[BLOCK_T / 8][4];
+
+  __device__ __forceinline__ void load(const float* src, int64_t stride_token, int num_tokens, int num_cols, bool) {
+    const int token = threadIdx.x % 4 * 2, col = ColumnMap<float>::first();
+#pragma unroll
+    for (int i = 0; i < BLOCK_T / 8; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int t = token + i * 8 + j % 2, c = col + j / 2 * ColumnMap<float>::kSecond;
+        raw[i][j] = t < num_tokens && c < num_cols ? src[t * stride_token + c] : 0.f;
+      }
+    }
+  }
+  __device__ __forceinline__ FragC get(int i) const { return {{raw[i][0], raw[i][1], raw[i][2], raw[i][3]}}; }
+};
+
+/// Writes the transpose of x, [16 columns, 8 kTiles rows], to a row-major matrix of Out. The accumulators are those of
+/// a kernel over In.
+template <typename In, typename Out, int kTiles>
+__device__ __forceinline__ void store_rows(Out* dst, int64_t stride_row, int num_rows, int num_cols, bool is_aligned,
+                                           const FragC (&x)[kTiles]) {
+  if constexpr (sizeof(Out) == 2) {
+    static_assert(sizeof(In) == 2);
+    const int row = threadIdx.x % 32 / 4, col = threadIdx.x % 4 * 4;
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+      const uint2 packed =
+          make_uint2(transpose_8x8(pack<Out>(x[i].r[0], x[i].r[1])), transpose_8x8(pack<Out>(x[i].r[2], x[i].r[3])));
+      Out* p = dst + (row + i * 8) * stride_row + col;
+      if (row + i * 8 < num_rows) {
+        if (is_aligned) {
+          if (col < num_cols) *reinterpret_cast<uint2*>(p) = packed;
+        } else {
+          const float2 lo = unpack<Out>(packed.x), hi = unpack<Out>(packed.y);
+          const float value[4] = {lo.x, lo.y, hi.x, hi.y};
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            if (col + j < num_cols) p[j] = static_cast<Out>(value[j]);
+          }
+        }
+      }
+    }
+  } else {
+    const int row = threadIdx.x % 4 * 2, col = ColumnMap<In>::first();
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int r = row + i * 8 + j % 2, c = col + j / 2 * ColumnMap<In>::kSecond;
+        if (r < num_rows && c < num_cols) dst[r * stride_row + c] = x[i].r[j];
+      }
+    }
+  }
+}
+
+/// An fp32 state of K x num_cols columns, strides in elements, to and from accumulators.
+template <typename T, int HEAD_DIM>
+__device__ __forceinline__ void load_state(FragC (&s)[HEAD_DIM / 8], const float* src, int64_t stride_k,
+                                           int64_t stride_v, int num_rows, int num_cols) {
+  const int k = threadIdx.x % 4 * 2, col = ColumnMap<T>::first();
+#pragma unroll
+  for (int i = 0; i < HEAD_DIM / 8; ++i) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int row = k + i * 8 + j % 2, c = col + j / 2 * ColumnMap<T>::kSecond;
+      s[i].r[j] = row < num_rows && c < num_cols ? src[row * stride_k + c * stride_v] : 0.f;
+    }
+  }
+}
+template <typename T, int HEAD_DIM>
+__device__ __forceinline__ void store_state(float* dst, int64_t stride_k, int64_t stride_v, int num_rows, int num_cols,
+                                            const FragC (&s)[HEAD_DIM / 8]) {
+  const int k = threadIdx.x % 4 * 2, col = ColumnMap<T>::first();
+#pragma unroll
+  for (int i = 0; i < HEAD_DIM / 8; ++i) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int row = k + i * 8 + j % 2, c = col + j / 2 * ColumnMap<T>::kSecond;
+      if (row < num_rows && c < num_cols) dst[row * stride_k + c * stride_v] = s[i].r[j];
+    }
+  }
+}
+
+template <typename T, int kBlocks>
+__device__ __forceinline__ bool is_finite(const FragA<T> (&x)[kBlocks]) {
+  // x * 0 is 0 or NaN.
+  if constexpr (sizeof(T) == 4) {
+    float sum = 0.f;
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) sum = fmaf(x[b].r[i], 0.f, sum);
+    }
+    return sum == 0.f;
+  } else {
+    using T2 = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+    uint32_t sum = 0;
+    const uint32_t zero = 0;
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        reinterpret_cast<T2&>(sum) = __hfma2(reinterpret_cast<const T2&>(x[b].r[i]), reinterpret_cast<const T2&>(zero),
+                                             reinterpret_cast<T2&>(sum));
+      }
+    }
+    return (sum & 0x7fff7fffu) == 0;
+  }
+}
+
+/// acc[16, tokens] += x[16, tokens] tile^T for a lower triangular CausalTile. kIsStrict: the diagonal is zero.
+template <typename T, int BLOCK_T, bool kIsStrict>
+__device__ __forceinline__ void apply_causal(FragC (&acc)[BLOCK_T / 8], const FragA<T> (&x)[BLOCK_T / 16],
+                                             uint32_t tile) {
+  constexpr int NUM_BLOCKS = BLOCK_T / 16;
+  const bool all_finite = __all_sync(kFullWarp, is_finite(x));
+#pragma unroll
+  for (int i = 0; i < NUM_BLOCKS; ++i) {
+#pragma unroll
+    for (int j = 0; j < i; ++j) {
+      FragB<T> b[2];
+      SmemBlock<T>::load_b(b, tile + CausalTile<T, BLOCK_T>::block(i, j));
+      mma(acc[2 * i], x[j], b[0]);
+      mma(acc[2 * i + 1], x[j], b[1]);
+    }
+  }
+  if (all_finite) {
+#pragma unroll
+    for (int i = 0; i < NUM_BLOCKS; ++i) {
+      FragB<T> b[2];
+      SmemBlock<T>::load_b(b, tile + CausalTile<T, BLOCK_T>::block(i, i));
+      mma(acc[2 * i], x[i], b[0]);
+      mma(acc[2 * i + 1], x[i], b[1]);
+    }
+    return;
+  }
+  const int col = threadIdx.x % 4 * 2;
+#pragma unroll
+  for (int i = 0; i < NUM_BLOCKS; ++i) {
+    FragA<T> finite = x[i];
+    int first_bad[2] = {16, 16};
+#pragma unroll
+    for (int pair = 3; pair >= 0; --pair) {
+      float2 value = pair_of(finite, pair);
+      const int token = col + pair / 2 * 8;
+      if (!isfinite(value.y)) {
+        first_bad[pair % 2] = token + 1;
+        value.y = 0.f;
+      }
+      if (!isfinite(value.x)) {
+        first_bad[pair % 2] = token;
+        value.x = 0.f;
+      }
+      set_pair(finite, pair, value);
+    }
+    first_bad[0] = warp_min<4>(first_bad[0]);
+    first_bad[1] = warp_min<4>(first_bad[1]);
+    FragB<T> b[2];
+    SmemBlock<T>::load_b(b, tile + CausalTile<T, BLOCK_T>::block(i, i));
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      mma(acc[2 * i + half], finite, b[half]);
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        const int token = half * 8 + col + r % 2;
+        if (token >= first_bad[r / 2] + (kIsStrict ? 1 : 0)) acc[2 * i + half].r[r] = __int_as_float(0x7fffffff);
+      }
+    }
+  }
+}
+
+/// Zeros o where no sequence is, for the head and 16 columns of this warp.
+template <typename T>
+__device__ __forceinline__ void clear_rows(const FwdKernelParams& params, const FwdWork& work, int64_t col0,
+                                           int64_t begin, int64_t end) {
+  const GatedDeltaRuleShape& shape = params.op.shape;
+  const int lane_idx = threadIdx.x % 32;
+  const int64_t col = col0 + lane_idx % 16;
+  if (col >= shape.value_dim) return;
+  for (int64_t token = begin + lane_idx / 16; token < end; token += 2) {
+    static_cast<T*>(params.op.o)[(token * shape.num_value_heads + work.head) * shape.value_dim + col] = T(0.f);
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ void clear_uncovered(const FwdKernelParams& params, const FwdWork& work, int64_t col0) {
+  const GatedDeltaRuleShape& shape = params.op.shape;
+  int low = static_cast<int>(shape.seqlen), high = 0;
+  for (int64_t i = threadIdx.x % 32; i <= shape.num_seqs; i += 32) {
+    low = min(low, static_cast<int>(clamped_cu_seqlen(params.op, i)));
+    high = max(high, static_cast<int>(clamped_cu_seqlen(params.op, i)));
+  }
+  if (work.seq == 0) clear_rows<T>(params, work, col0, 0, warp_min(low));
+  if (work.seq == shape.num_seqs - 1) clear_rows<T>(params, work, col0, warp_max(high), shape.seqlen);
+}
+
+template <typename T, int HEAD_DIM, bool kIsSummary>
+__device__ __forceinline__ void state_subroutine(const FwdKernelParams& params, const FwdWork& work, uint32_t smem,
+                                                 const char* smem_ptr, int warp_idx) {
+  constexpr FwdTile kTile{sizeof(T), HEAD_DIM};
+  constexpr int BLOCK_T = kTile.block_t();
+  constexpr int NUM_BLOCKS = BLOCK_T / 16;
+  using KeyTile = SmemTile<T, HEAD_DIM>;
+  using Coefficients = ChunkCoefficients<BLOCK_T>;
+  const GatedDeltaRuleFwdParams& op = params.op;
+  const GatedDeltaRuleShape& shape = op.shape;
+  const int num_rows = static_cast<int>(shape.head_dim);
+  const int lane_col = threadIdx.x % 4 * 2;
+
+  // Columns of this warp
+  const bool is_transition = kIsSummary && work.tile >= params.num_v_tiles;
+  const int64_t col0 = (is_transition ? work.tile - params.num_v_tiles : work.tile) * kFwdBlockV + warp_idx * 16;
+  const int64_t width = is_transition ? shape.head_dim : shape.value_dim;
+  const int num_cols = static_cast<int>(min(max(width - col0, int64_t{0}), int64_t{16}));
+  const int64_t state_idx = work.seq * shape.num_value_heads + work.head;
+  const int64_t map_size = shape.head_dim * (shape.head_dim + shape.value_dim);
+  float* span_map = params.span_maps + (state_idx * (params.num_spans - 1) + work.span) * map_size;
+  const int64_t stride_k = op.state_v_first ? 1 : shape.value_dim;
+  const int64_t stride_v = op.state_v_first ? shape.head_dim : 1;
+  const int64_t state_offset = state_idx * shape.head_dim * shape.value_dim + col0 * stride_v;
+
+  // State entering the span
+  FragC s[HEAD_DIM / 8] = {};
+  if (is_transition) {
+    const int k = threadIdx.x % 4 * 2, col = static_cast<int>(col0) + ColumnMap<T>::first();
+#pragma unroll
+    for (int i = 0; i < HEAD_DIM / 8; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        s[i].r[j] = k + i * 8 + j % 2 == col + j / 2 * ColumnMap<T>::kSecond ? 1.f : 0.f;
+      }
+    }
+  } else if (work.span == 0) {
+    if (op.initial_state != nullptr) {
+      load_state<T, HEAD_DIM>(s, static_cast<const float*>(op.initial_state) + state_offset, stride_k, stride_v,
+                              num_rows, num_cols);
+    }
+  } else if (!kIsSummary) {
+    load_state<T, HEAD_DIM>(s, span_map - map_size + col0, shape.value_dim, 1, num_rows, num_cols);
+  }
+
+  // Pointers at the span's first token
+  const int64_t token0 = work.seq_begin + work.begin;
+  const T* gmem_v = static_cast<const T*>(op.v) + work.batch * op.v_stride.batch + token0 * op.v_stride.token +
+                    work.head * op.v_stride.head + col0;
+  const int64_t o_stride = shape.num_value_heads * shape.value_dim;
+  T* gmem_o = static_cast<T*>(op.o) +
+              ((work.batch * shape.seqlen + token0) * shape.num_value_heads + work.head) * shape.value_dim + col0;
+  const int64_t saved_stride = shape.num_value_heads * shape.head_dim * shape.value_dim;
+  const int64_t saved_slot =
+      (work.batch * shape.seqlen + work.seq_begin) / kStateInterval + work.seq + work.begin / kStateInterval;
+  const int64_t saved_offset = saved_slot * saved_stride + work.head * shape.head_dim * shape.value_dim + col0;
+
+  int remaining = static_cast<int>(work.end - work.begin);
+  ValueFragment<T, BLOCK_T> v;
+  const int v_cols = is_transition ? 0 : num_cols;
+  v.load(gmem_v, op.v_stride.token, is_transition ? 0 : remaining, v_cols, params.is_aligned);
+
+  int stage_idx = 0;
+  for (int chunk_idx = 0; remaining > 0; ++chunk_idx, remaining -= BLOCK_T) {
+    if constexpr (!kIsSummary) {
+      if (op.saved_states != nullptr && chunk_idx % (kStateInterval / BLOCK_T) == 0) {
+        using Saved = std::conditional_t<std::is_same_v<T, __nv_bfloat16>, __nv_bfloat16, float>;
+        Saved* saved =
+            static_cast<Saved*>(op.saved_states) + saved_offset + chunk_idx / (kStateInterval / BLOCK_T) * saved_stride;
+        store_rows<T, Saved>(saved, shape.value_dim, num_rows, num_cols, params.is_aligned, s);
+      }
+    }
+
+    // Stage
+    const uint32_t stage = smem + kTile.scratch_size() + stage_idx * kTile.stage_size();
+    const uint32_t tile_k = stage, tile_q = tile_k + kTile.key_tile_size(), tile_a = tile_q + kTile.key_tile_size();
+    const uint32_t tile_y = tile_a + kTile.causal_tile_size();
+    const Coefficients& coef =
+        *reinterpret_cast<const Coefficients*>(smem_ptr + (tile_y + kTile.causal_tile_size() - smem));
+    named_barrier_sync(kFwdFull + stage_idx, kFwdThreads);
+
+    // S^T K^T and S^T Q^T
+    FragC r[BLOCK_T / 8] = {}, o[BLOCK_T / 8] = {};
+#pragma unroll
+    for (int k = 0; k < HEAD_DIM / 16; ++k) {
+      const FragA<T> a = make_a<T>(s[2 * k], s[2 * k + 1]);
+#pragma unroll
+      for (int j = 0; j < NUM_BLOCKS; ++j) {
+        FragB<T> b[2];
+        KeyTile::load_b(b, tile_k, j * 16, k * 16);
+        mma(r[2 * j], a, b[0]);
+        mma(r[2 * j + 1], a, b[1]);
+        if constexpr (!kIsSummary) {
+          KeyTile::load_b(b, tile_q, j * 16, k * 16);
+          mma(o[2 * j], a, b[0]);
+          mma(o[2 * j + 1], a, b[1]);
+        }
+      }
+    }
+
+    // R' and r
+    const auto column_pair = [&](const float* values, int i) {
+      return *reinterpret_cast<const float2*>(values + i * 8 + lane_col);
+    };
+    const auto scaled_operand = [&](const FragC(&x)[BLOCK_T / 8], const float* scale, int block) {
+      FragC y[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float2 c = column_pair(scale, 2 * block + half);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) y[half].r[i] = x[2 * block + half].r[i] * (i % 2 ? c.y : c.x);
+      }
+      return make_a<T>(y[0], y[1]);
+    };
+#pragma unroll
+    for (int i = 0; i < BLOCK_T / 8; ++i) {
+      const FragC value = v.get(i);
+      const float2 k_in = column_pair(coef.k_in, i);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) r[i].r[j] = fmaf(-(j % 2 ? k_in.y : k_in.x), r[i].r[j], value.r[j]);
+    }
+    gmem_v += BLOCK_T * op.v_stride.token;
+    v.load(gmem_v, op.v_stride.token, is_transition ? 0 : remaining - BLOCK_T, v_cols, params.is_aligned);
+    FragA<T> x[NUM_BLOCKS];
+#pragma unroll
+    for (int j = 0; j < NUM_BLOCKS; ++j) x[j] = scaled_operand(r, coef.beta, j);
+    apply_causal<T, BLOCK_T, true>(r, x, tile_y);
+
+    // U, state, outputs
+#pragma unroll
+    for (int i = 0; i < BLOCK_T / 8; ++i) {
+      const float2 beta = column_pair(coef.beta, i);
+      const float2 q_in = column_pair(coef.q_in, i);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        r[i].r[j] *= j % 2 ? beta.y : beta.x;
+        if constexpr (!kIsSummary) o[i].r[j] *= j % 2 ? q_in.y : q_in.x;
+      }
+    }
+    const float decay = exp2_approx(coef.cumsum[BLOCK_T - 1]);
+#pragma unroll
+    for (int i = 0; i < HEAD_DIM / 8; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) s[i].r[j] *= decay;
+    }
+    if constexpr (!kIsSummary) {
+#pragma unroll
+      for (int j = 0; j < NUM_BLOCKS; ++j) x[j] = make_a<T>(r[2 * j], r[2 * j + 1]);
+      apply_causal<T, BLOCK_T, false>(o, x, tile_a);
+    }
+#pragma unroll
+    for (int j = 0; j < NUM_BLOCKS; ++j) x[j] = scaled_operand(r, coef.k_out, j);
+#pragma unroll
+    for (int j = 0; j < NUM_BLOCKS; ++j) {
+#pragma unroll
+      for (int k = 0; k < HEAD_DIM / 16; ++k) {
+        FragB<T> b[2];
+        KeyTile::load_b_trans(b, tile_k, j * 16, k * 16);
+        mma(s[2 * k], x[j], b[0]);
+        mma(s[2 * k + 1], x[j], b[1]);
+      }
+    }
+    if (remaining > params.num_stages * BLOCK_T) named_barrier_arrive(kFwdEmpty + stage_idx, kFwdThreads);
+    stage_idx = stage_idx + 1 == params.num_stages ? 0 : stage_idx + 1;
+    if constexpr (!kIsSummary) {
+      store_rows<T, T>(gmem_o, o_stride, remaining, num_cols, params.is_aligned, o);
+      gmem_o += BLOCK_T * o_stride;
+    }
+  }
+
+  // State leaving the span
+  if constexpr (kIsSummary) {
+    float* dst = is_transition ? span_map + shape.head_dim * shape.value_dim : span_map;
+    store_state<T, HEAD_DIM>(dst + col0, width, 1, num_rows, num_cols, s);
+  } else {
+    if (work.is_last && op.final_state != nullptr) {
+      store_state<T, HEAD_DIM>(static_cast<float*>(op.final_state) + state_offset, stride_k, stride_v, num_rows,
+                               num_cols, s);
+    }
+    if (op.cu_seqlens != nullptr && work.span == 0) clear_uncovered<T>(params, work, col0);
+  }
+}
+
+template <typename T, int HEAD_DIM, bool kIsSummary>
+__device__ __forceinline__ void prepare_subroutine(const FwdKernelParams& params, const FwdWork& work, uint32_t smem,
+                                                   char* smem_ptr, int warp_idx) {
+  constexpr FwdTile kTile{sizeof(T), HEAD_DIM};
+  constexpr int BLOCK_T = kTile.block_t();
+  constexpr int kNumPrepareThreads = 32 * kFwdPrepareWarps;
+  static_assert(sizeof(ChunkCoefficients<BLOCK_T>) == kTile.coefficients_size());
+  static_assert(CausalTile<T, BLOCK_T>::SIZE == kTile.causal_tile_size());
+  static_assert(2 * BLOCK_T <= kNumPrepareThreads, "one gate or beta a thread");
+  const GatedDeltaRuleFwdParams& op = params.op;
+  const GatedDeltaRuleShape& shape = op.shape;
+  const int thread_idx = warp_idx * 32 + threadIdx.x % 32;
+  const int64_t key_head = work.head / (shape.num_value_heads / shape.num_heads);
+  const int64_t token0 = work.seq_begin + work.begin;
+  const T* gmem_k = static_cast<const T*>(op.k) + work.batch * op.k_stride.batch + token0 * op.k_stride.token +
+                    key_head * op.k_stride.head;
+  const T* gmem_q = static_cast<const T*>(op.q) + work.batch * op.q_stride.batch + token0 * op.q_stride.token +
+                    key_head * op.q_stride.head;
+  const int64_t gate_offset = (work.batch * shape.seqlen + token0) * shape.num_value_heads + work.head;
+  const int num_tokens = static_cast<int>(work.end - work.begin);
+  const int num_chunks = (num_tokens + BLOCK_T - 1) / BLOCK_T;
+
+  const auto tiles_of = [&](int stage_idx) {
+    ChunkTiles<BLOCK_T> tiles;
+    tiles.scratch = smem;
+    tiles.k = smem + kTile.scratch_size() + stage_idx * kTile.stage_size();
+    tiles.q = tiles.k + kTile.key_tile_size();
+    tiles.a = tiles.q + kTile.key_tile_size();
+    tiles.y = tiles.a + kTile.causal_tile_size();
+    tiles.coef = reinterpret_cast<ChunkCoefficients<BLOCK_T>*>(smem_ptr + (tiles.y + kTile.causal_tile_size() - smem));
+    return tiles;
+  };
+  const auto copy_chunk = [&](int chunk_idx, int stage_idx) {
+    if (chunk_idx < num_chunks) {
+      const ChunkTiles<BLOCK_T> tiles = tiles_of(stage_idx);
+      const int64_t first = static_cast<int64_t>(chunk_idx) * BLOCK_T;
+      const int valid = min(num_tokens - chunk_idx * BLOCK_T, BLOCK_T);
+      const int cols = static_cast<int>(shape.head_dim);
+      copy_tile_async<T, BLOCK_T, HEAD_DIM, kNumPrepareThreads>(
+          tiles.k, gmem_k + first * op.k_stride.token, op.k_stride.token, valid, cols, params.is_aligned, thread_idx);
+      if constexpr (!kIsSummary) {
+        copy_tile_async<T, BLOCK_T, HEAD_DIM, kNumPrepareThreads>(
+            tiles.q, gmem_q + first * op.q_stride.token, op.q_stride.token, valid, cols, params.is_aligned, thread_idx);
+      }
+      if (thread_idx < 2 * BLOCK_T) {
+        const int token = thread_idx % BLOCK_T;
+        const bool is_beta = thread_idx >= BLOCK_T;
+        const float* src = static_cast<const float*>(is_beta || op.g == nullptr ? op.beta : op.g);
+        const bool is_valid = token < valid && (is_beta || op.g != nullptr);
+        cp_async_4(smem_address(is_beta ? &tiles.coef->beta[token] : &tiles.coef->g[token]),
+                   is_valid ? src + gate_offset + (first + token) * shape.num_value_heads : src, is_valid);
+      }
+    }
+    cp_async_commit();
+  };
+
+  // With one stage a chunk is copied when the state warps are done with the one before, else one round earlier.
+  const int num_ahead = max(params.num_stages - 1, 1);
+  for (int i = 0; i < num_ahead; ++i) copy_chunk(i, i);
+  int stage_idx = 0;
+  for (int chunk_idx = 0; chunk_idx < num_chunks; ++chunk_idx) {
+    if (num_ahead == kFwdMaxStages - 1) {
+      cp_async_wait<kFwdMaxStages - 2>();
+    } else {
+      cp_async_wait<0>();
+    }
+    named_barrier_sync(kFwdPrepare, kNumPrepareThreads);
+    prepare_chunk<T, HEAD_DIM, BLOCK_T, kFwdPrepareWarps, !kIsSummary>(
+        tiles_of(stage_idx), static_cast<float>(op.scale), op.use_qk_l2norm, warp_idx, kFwdPrepare);
+    named_barrier_arrive(kFwdFull + stage_idx, kFwdThreads);
+
+    const int next = chunk_idx + num_ahead;
+    const int next_stage = next % params.num_stages;
+    if (next < num_chunks && next >= params.num_stages) named_barrier_sync(kFwdEmpty + next_stage, kFwdThreads);
+    copy_chunk(next, next_stage);
+    stage_idx = stage_idx + 1 == params.num_stages ? 0 : stage_idx + 1;
+  }
+}
+
+template <typename T, int HEAD_DIM, bool kIsSummary>
+__global__ void __launch_bounds__(kFwdThreads, 1)
+    gated_delta_rule_fwd_kernel(const __grid_constant__ FwdKernelParams params) {
+  extern __shared__ __align__(1024) char smem_ptr[];
+  const uint32_t smem = smem_address(smem_ptr);
+  const int warp_idx = threadIdx.x / 32;
+  const FwdWork work = kIsSummary
+                           ? decode_work(params, params.num_v_tiles + params.num_transition_tiles, params.num_spans - 1)
+                           : decode_work(params, params.num_v_tiles, params.num_spans);
+  if (kIsSummary) {
+    // Nobody asks for the map of the last span, nor for the first one's M: it starts from the known initial state.
+    if (work.is_last || work.begin == work.end || (work.span == 0 && work.tile >= params.num_v_tiles)) return;
+  } else {
+    if (work.span > 0 && work.begin == work.end) return;
+  }
+  if (warp_idx < kFwdStateWarps) {
+    state_subroutine<T, HEAD_DIM, kIsSummary>(params, work, smem, smem_ptr, warp_idx);
+  } else {
+    prepare_subroutine<T, HEAD_DIM, kIsSummary>(params, work, smem, smem_ptr, warp_idx - kFwdStateWarps);
+  }
+}
+
+}  // namespace remora

@@ -1,0 +1,21 @@
+// Definition of launch_fwd_pass, included by the files that instantiate it.
+#pragma once
+#include "recurrence/gated_delta_rule/fwd_kernel.cuh"
+#include "recurrence/gated_delta_rule/fwd_launch.cuh"
+#include "recurrence/gated_delta_rule/heuristics.h"
+
+namespace remora {
+
+template <typename T, int HEAD_DIM>
+cudaError_t launch_fwd_pass(const FwdKernelParams& params, const FwdConfig& config, bool is_summary,
+                            cudaStream_t stream) {
+  const auto kernel =
+      is_summary ? gated_delta_rule_fwd_kernel<T, HEAD_DIM, true> : gated_delta_rule_fwd_kernel<T, HEAD_DIM, false>;
+  const int64_t num_ctas = is_summary ? config.num_summary_ctas : config.num_output_ctas;
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, config.smem_size);
+  if (error != cudaSuccess) return error;
+  kernel<<<static_cast<unsigned>(num_ctas), kFwdThreads, config.smem_size, stream>>>(params);
+  return cudaGetLastError();
+}
+
+}  // namespace remora

@@ -1,0 +1,125 @@
+// CUDA entry points of the forward pass and of the step; the backward pass has bwd_launch.cu.
+#include "recurrence/gated_delta_rule/launch.h"
+
+#include "recurrence/gated_delta_rule/fwd_combine_kernel.cuh"
+#include "recurrence/gated_delta_rule/fwd_launch.cuh"
+#include "recurrence/gated_delta_rule/heuristics.h"
+#include "recurrence/gated_delta_rule/step_kernel.cuh"
+#include "recurrence/gated_delta_rule/step_launch.cuh"
+
+namespace remora {
+namespace {
+
+constexpr int64_t kMaxCtas = INT32_MAX;
+
+Error message_of(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
+
+bool is_aligned_16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+bool is_aligned_16(const void* p, const TokenStrides& stride, int64_t element_size) {
+  return is_aligned_16(p) && stride.batch * element_size % 16 == 0 && stride.token * element_size % 16 == 0 &&
+         stride.head * element_size % 16 == 0;
+}
+
+template <typename T>
+cudaError_t launch_fwd_pass_of(const FwdKernelParams& params, const FwdConfig& config, bool is_summary,
+                               cudaStream_t stream) {
+  switch (config.head_dim) {
+    case 64:
+      return launch_fwd_pass<T, 64>(params, config, is_summary, stream);
+    case 128:
+      return launch_fwd_pass<T, 128>(params, config, is_summary, stream);
+    default:
+      return launch_fwd_pass<T, 256>(params, config, is_summary, stream);
+  }
+}
+
+}  // namespace
+
+int64_t gated_delta_rule_fwd_workspace(const GatedDeltaRuleFwdParams& params, const Launch& launch) {
+  const FwdConfig config = plan_fwd(params.shape, params.dtype, launch.num_sms, launch.arch);
+  return config.head_dim == 0 ? 0 : fwd_workspace_size(params.shape, config);
+}
+
+Error gated_delta_rule_fwd(const GatedDeltaRuleFwdParams& params, const Launch& launch) {
+  const GatedDeltaRuleShape& shape = params.shape;
+  const cudaStream_t stream = static_cast<cudaStream_t>(launch.stream);
+  const int64_t element_size = size_of(params.dtype);
+  const FwdConfig config = plan_fwd(shape, params.dtype, launch.num_sms, launch.arch);
+  if (config.head_dim == 0) return "gated_delta_rule_fwd on CUDA: head_dim must be at most 256, dtype not float64";
+  if (std::max(config.num_output_ctas, config.num_summary_ctas) > kMaxCtas) {
+    return "gated_delta_rule_fwd on CUDA: num_seqs * num_value_heads * ceil(value_dim / 64) is too large";
+  }
+  if (shape.num_seqs == 0) {
+    const int64_t num_elements = shape.batch * shape.seqlen * shape.num_value_heads * shape.value_dim;
+    return message_of(cudaMemsetAsync(params.o, 0, num_elements * element_size, stream));
+  }
+  if (config.num_output_ctas == 0) return nullptr;
+
+  FwdKernelParams kernel_params{
+      .op = params,
+      .num_v_tiles = config.num_v_tiles,
+      .num_transition_tiles = config.num_transition_tiles,
+      .num_spans = config.num_spans,
+      .num_stages = config.num_stages,
+      .is_aligned = is_aligned_16(params.q, params.q_stride, element_size) &&
+                    is_aligned_16(params.k, params.k_stride, element_size) &&
+                    is_aligned_16(params.v, params.v_stride, element_size) && is_aligned_16(params.o) &&
+                    is_aligned_16(params.saved_states) && shape.head_dim * element_size % 16 == 0 &&
+                    shape.value_dim * element_size % 16 == 0,
+      .span_maps = static_cast<float*>(params.workspace),
+  };
+  const auto launch_pass = [&](bool is_summary) {
+    switch (params.dtype) {
+      case DType::kBFloat16:
+        return launch_fwd_pass_of<__nv_bfloat16>(kernel_params, config, is_summary, stream);
+      case DType::kFloat16:
+        return launch_fwd_pass_of<__half>(kernel_params, config, is_summary, stream);
+      default:
+        return launch_fwd_pass_of<float>(kernel_params, config, is_summary, stream);
+    }
+  };
+  if (config.num_spans > 1) {
+    if (const cudaError_t error = launch_pass(true); error != cudaSuccess) return message_of(error);
+    const int64_t num_ctas =
+        shape.num_seqs * shape.num_value_heads * ((shape.value_dim + kCombineCols - 1) / kCombineCols);
+    const size_t smem_size = shape.head_dim * kCombineCols * sizeof(float);
+    gated_delta_rule_fwd_combine_kernel<<<static_cast<unsigned>(num_ctas), kCombineThreads, smem_size, stream>>>(
+        kernel_params);
+    if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return message_of(error);
+  }
+  return message_of(launch_pass(false));
+}
+
+Error gated_delta_rule_step(const GatedDeltaRuleStepParams& params, const Launch& launch) {
+  const GatedDeltaRuleShape& shape = params.shape;
+  const cudaStream_t stream = static_cast<cudaStream_t>(launch.stream);
+  if (params.dtype == DType::kFloat64 || shape.head_dim > 256) {
+    return "gated_delta_rule_step on CUDA: head_dim must be at most 256, dtype not float64";
+  }
+  if (shape.num_seqs == 0) {
+    const int64_t num_elements = shape.batch * shape.seqlen * shape.num_value_heads * shape.value_dim;
+    return message_of(cudaMemsetAsync(params.o, 0, num_elements * size_of(params.dtype), stream));
+  }
+  const StepKernelParams kernel_params{
+      .op = params,
+      .num_v_tiles = (shape.value_dim + kStepBlockV - 1) / kStepBlockV,
+      .is_aligned = is_aligned_16(params.initial_state) && is_aligned_16(params.final_state) &&
+                    (params.state_v_first ? shape.head_dim : shape.value_dim) % 4 == 0,
+  };
+  const int64_t num_ctas = shape.num_seqs * shape.num_value_heads * kernel_params.num_v_tiles;
+  if (num_ctas == 0) return nullptr;
+  if (num_ctas > kMaxCtas) {
+    return "gated_delta_rule_step on CUDA: num_seqs * num_value_heads * ceil(value_dim / 32) is too large";
+  }
+  switch (params.dtype) {
+    case DType::kBFloat16:
+      return message_of(launch_step<__nv_bfloat16>(kernel_params, stream));
+    case DType::kFloat16:
+      return message_of(launch_step<__half>(kernel_params, stream));
+    default:
+      return message_of(launch_step<float>(kernel_params, stream));
+  }
+}
+
+}  // namespace remora

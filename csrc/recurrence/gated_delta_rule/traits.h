@@ -1,0 +1,33 @@
+// Tile sizes and shared memory of the forward kernel. Plain host code: heuristics.h plans with it, the kernel is built
+// on it.
+#pragma once
+#include <cstdint>
+
+namespace remora {
+
+struct FwdTile {
+  int element_size;  // bytes of q, k, v
+  int head_dim;      // 64, 128 or 256: the key dimension, zero-filled up to it
+
+  // Tokens a chunk. 64 balances the C-terms against the KV-terms; 32 where K and Q tiles of 64 rows would not fit in
+  // 99 KB (float) or the state leaves too few registers for the other accumulators (head_dim 256).
+  constexpr int block_t() const { return element_size == 4 || head_dim == 256 ? 32 : 64; }
+
+  constexpr int key_tile_size() const { return block_t() * head_dim * element_size; }
+  constexpr int num_causal_blocks() const { return block_t() / 16 * (block_t() / 16 + 1) / 2; }
+  constexpr int causal_tile_size() const { return num_causal_blocks() * 256 * element_size; }
+  constexpr int coefficients_size() const { return 8 * block_t() * 4; }
+
+  // A stage holds what one chunk needs: K, Q, A, -Y, coefficients.
+  constexpr int stage_size() const { return 2 * key_tile_size() + 2 * causal_tile_size() + coefficients_size(); }
+  constexpr int scratch_size() const { return num_causal_blocks() * 256 * 4; }
+  constexpr int smem_size(int num_stages) const { return scratch_size() + num_stages * stage_size(); }
+};
+
+constexpr int kFwdBlockV = 64;       // columns of V a CTA, 16 a state warp
+constexpr int kFwdStateWarps = 4;    // carry the state through the chunks
+constexpr int kFwdPrepareWarps = 4;  // load and prepare the next chunk
+constexpr int kFwdThreads = 32 * (kFwdStateWarps + kFwdPrepareWarps);
+constexpr int kFwdMaxStages = 3;
+
+}  // namespace remora

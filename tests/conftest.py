@@ -1,0 +1,59 @@
+"""Settings that must precede `import remora`, and what every test file may use.
+
+REMORA_BACKEND=sim runs the same tests through the CUDA path: its kernels, built to PTX, on the simulated device.
+"""
+
+import os
+
+os.environ["REMORA_POISON"] = "1"  # fresh outputs and workspaces hold NaN
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # workers of pytest -n share the cores
+
+import pytest
+import torch
+
+import remora
+from remora import _ext
+
+SIM = _ext.HOST_BACKEND == "sim"
+CHECKERS = {"memcheck": True, "racecheck": "on", "initcheck": True, "synccheck": True}
+
+
+def pytest_report_header():
+    return f"remora {remora.__version__}: CPU tensors run by the {_ext.HOST_BACKEND} backend, torch {torch.__version__}"
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "cpu_only: about CPU kernels; not collected under REMORA_BACKEND=sim")
+    config.addinivalue_line("markers", "sim_only: about the simulated device; collected under REMORA_BACKEND=sim only")
+
+
+def pytest_collection_modifyitems(config, items):
+    wrong = "cpu_only" if SIM else "sim_only"
+    dropped = [item for item in items if item.get_closest_marker(wrong)]
+    if dropped:
+        items[:] = [item for item in items if not item.get_closest_marker(wrong)]
+        config.hook.pytest_deselected(items=dropped)
+
+
+@pytest.fixture(autouse=True)
+def _same_start():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def backend():
+    """'cpu' or 'sim'."""
+    return _ext.HOST_BACKEND
+
+
+@pytest.fixture(params=["early", "late"] if SIM else ["native"])
+def kernels(request):
+    """Runs the test once on the CPU; in the simulator once with asynchronous copies done as early and once as late as
+    the programming model allows, with every checker on."""
+    if not SIM:
+        yield request.param
+        return
+    from remora.testing import sim
+
+    with sim.options(async_=request.param, **CHECKERS):
+        yield request.param

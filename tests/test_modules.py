@@ -14,7 +14,7 @@ SMALL = {"hidden_size": D, "head_dim": 8, "num_heads": 2, "expand_v": 2.0, "laye
 
 
 def pieces(x, lengths):
-    return [piece for piece in x.split(lengths, dim=1)]
+    return list(x.split(lengths, dim=1))
 
 
 def offsets(lengths, dtype=torch.int64):

@@ -263,7 +263,7 @@ def test_a_run_is_not_overwritten_or_changed(config, folder, tmp_path):
     Trainer(config, out).run(until=2)
     with pytest.raises(ValueError, match="holds a run already"):
         Trainer(config, out)
-    with pytest.raises(ValueError, match="seq_len of the run in .* is 12 and cannot become 16"):
+    with pytest.raises(ValueError, match=r"seq_len of the run in .* is 12 and cannot become 16"):
         resumed_config(out, {"seq_len": 16})
     assert resumed_config(out, {"seq_len": 12, "steps": 30}) == dataclasses.replace(config, steps=30)
     (folder / "part0" / "file0.txt").write_text("changed")

@@ -247,9 +247,9 @@ __device__ __forceinline__ void solve_column(const ChunkTiles<BLOCK_T>& tiles) {
       mma_merge<T>(x[0], y_beta[m], l[0]);
       mma_merge<T>(x[1], y_beta[m], l[1]);
     }
+    FragA<float> x_beta = scale_columns(x, i);
 #pragma unroll
-    for (int r = 0; r < 8; ++r) x[r / 4].r[r % 4] = bounded(x[r / 4].r[r % 4]);
-    const FragA<float> x_beta = scale_columns(x, i);
+    for (int r = 0; r < 8; ++r) x_beta.r[r] = bounded(x_beta.r[r]);
     FragB<float> y_diagonal[2];
     Block::load_b(y_diagonal, tiles.scratch + Scratch::block(i, i));
     mma_merge<T>(x[0], x_beta, y_diagonal[0]);

@@ -7,6 +7,7 @@
 
 #include "build_info.h"
 #include "common/cpu/isa.h"
+#include "recurrence/gated_delta_rule/heuristics.h"
 
 namespace py = pybind11;
 
@@ -61,6 +62,31 @@ py::list kernel_table() {
   return rows;
 }
 
+remora::DType dtype_of(const std::string& name) {
+  if (name == "float64") return remora::DType::kFloat64;
+  if (name == "float32") return remora::DType::kFloat32;
+  if (name == "bfloat16") return remora::DType::kBFloat16;
+  if (name == "float16") return remora::DType::kFloat16;
+  throw py::value_error("dtype must be float64, float32, bfloat16 or float16, got " + name);
+}
+
+py::dict gated_delta_rule_fwd_plan(int64_t batch, int64_t seqlen, int64_t num_heads, int64_t num_value_heads,
+                                   int64_t head_dim, int64_t value_dim, int64_t num_seqs, const std::string& dtype,
+                                   int num_sms, int arch) {
+  const remora::GatedDeltaRuleShape shape{batch, seqlen, num_heads, num_value_heads, head_dim, value_dim, num_seqs};
+  const remora::FwdConfig config = remora::plan_fwd(shape, dtype_of(dtype), num_sms, arch);
+  py::dict plan;
+  plan["head_dim"] = config.head_dim;
+  plan["num_stages"] = config.num_stages;
+  plan["num_spans"] = config.num_spans;
+  plan["num_v_tiles"] = config.num_v_tiles;
+  plan["num_summary_ctas"] = config.num_summary_ctas;
+  plan["num_output_ctas"] = config.num_output_ctas;
+  plan["smem_size"] = config.smem_size;
+  plan["text"] = config.to_string();
+  return plan;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -69,4 +95,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("kernel_table", &kernel_table,
         "Registers, spills, stack and static shared memory (bytes) of every kernel, per architecture compiled to "
         "machine code, as ptxas reported them.");
+  m.def("gated_delta_rule_fwd_plan", &gated_delta_rule_fwd_plan, py::kw_only(), py::arg("batch"), py::arg("seqlen"),
+        py::arg("num_heads"), py::arg("num_value_heads"), py::arg("head_dim"), py::arg("value_dim"),
+        py::arg("num_seqs"), py::arg("dtype"), py::arg("num_sms"), py::arg("arch"),
+        "The launch plan of gated_delta_rule_fwd for a shape on a device; head_dim 0: no kernel serves it.");
 }

@@ -37,7 +37,7 @@ def _check_inputs(
     for name, tensor in (("q", q), ("k", k), ("v", v), ("beta", beta), *((("g", g),) if has_gate else ())):
         check.is_tensor(tensor, name)
     _ext.require_backend(q, "q")
-    if torch.is_autocast_enabled(q.device.type):
+    if q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     on_cpu_kernels = q.device.type == "meta" or (q.device.type == "cpu" and _ext.HOST_BACKEND == "cpu")
     check.has_dtype(q, "q", check.FLOATS if on_cpu_kernels else check.FLOATS[1:])

@@ -168,3 +168,14 @@ torch.library.register_autograd("remora::gated_delta_rule_fwd", _backward, setup
 torch.library.register_autograd(
     "remora::gated_delta_rule_recurrent_fwd", _recurrent_backward, setup_context=_save_recurrent
 )
+
+
+def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    pass
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    raise RuntimeError("the gated delta rule has no second derivative")
+
+
+torch.library.register_autograd("remora::gated_delta_rule_bwd", _no_second_derivative, setup_context=_save_nothing)

@@ -194,8 +194,7 @@ def test_state_handed_over_at_an_aligned_cut_is_exact(function, dtype, gate, v_f
     case = Case(T=LONG, dtype=dtype, gate=gate, state=1.0, v_first=v_first, V=40)
     inputs = make_inputs(case)
     o, final_state = inputs.call(function)
-    cuts = [128] if SIM else [128, 256, 640]
-    for cut in cuts if function is FUNCTIONS["chunk"] else [*cuts, 1, 77]:
+    for cut in [128] if SIM else [128, 256, 640]:
         joined, joined_state = join(function, inputs, cut)
         assert torch.equal(joined, o), cut
         assert torch.equal(joined_state, final_state), cut

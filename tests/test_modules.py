@@ -271,6 +271,17 @@ class TestGatedDeltaNet:
                 together = torch.cat([pieces(y, lengths)[idx], decoded[idx : idx + 1]], dim=1)
                 torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
 
+    def test_compiles_to_one_graph(self):
+        layer = GatedDeltaNet(**SMALL)
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        x = torch.randn(1, 9, D, requires_grad=True)
+        for cu_seqlens in (None, torch.tensor([0, 4, 9])):
+            y, expected = compiled(x, cu_seqlens=cu_seqlens), layer(x, cu_seqlens=cu_seqlens)
+            torch.testing.assert_close(y, expected)
+            d_y = torch.randn_like(y)
+            leaves = [x, *layer.parameters()]
+            torch.testing.assert_close(torch.autograd.grad(y, leaves, d_y), torch.autograd.grad(expected, leaves, d_y))
+
     def test_under_autocast(self):
         layer = GatedDeltaNet(**SMALL)
         x = torch.randn(2, 6, D)

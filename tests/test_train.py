@@ -1,4 +1,7 @@
-"""Training: the data, the baseline, interruption and continuation, and the command line."""
+"""Training: the data, the baseline, interruption and continuation, and the command line.
+
+A run is the same on every backend but for its kernels, so the simulator takes only one test of it: the strictest.
+"""
 
 import dataclasses
 import json
@@ -200,6 +203,7 @@ def test_learning_rate_rises_and_falls():
     assert rates[12] == pytest.approx(0.0)
 
 
+@pytest.mark.cpu_only
 def test_a_run_learns_and_leaves_everything(config, tmp_path):
     out = tmp_path / "run"
     config = dataclasses.replace(config, steps=60, learning_rate=0.02, eval_every=30)
@@ -226,14 +230,16 @@ def test_a_run_learns_and_leaves_everything(config, tmp_path):
     assert bits == pytest.approx(validation[1]["validation_bits_per_byte"], rel=1e-5)
 
 
-def test_stopping_and_resuming_changes_no_bit(config, tmp_path):
+def test_stopping_and_resuming_changes_no_bit(config, tmp_path, backend):
+    half = 10 if backend == "cpu" else 2
+    config = dataclasses.replace(config, steps=2 * half, eval_every=0)
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     Trainer(config, straight).run()
-    assert Trainer(config, stopped).run(until=10) is False
+    assert Trainer(config, stopped).run(until=half) is False
     assert (stopped / "model.safetensors").read_bytes() != (straight / "model.safetensors").read_bytes()
     torch.manual_seed(12345)
     resumed = Trainer(resumed_config(stopped, {}), stopped, resume=True)
-    assert resumed.step == 10
+    assert resumed.step == half
     resumed.run()
     assert (stopped / "model.safetensors").read_bytes() == (straight / "model.safetensors").read_bytes()
     assert without_times(read_log(stopped)) == without_times(read_log(straight))
@@ -243,6 +249,7 @@ def test_stopping_and_resuming_changes_no_bit(config, tmp_path):
     assert torch.equal(states[0]["random_state"], states[1]["random_state"])
 
 
+@pytest.mark.cpu_only
 def test_a_killed_run_resumes_from_its_last_checkpoint(config, tmp_path):
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     Trainer(config, straight).run()
@@ -256,6 +263,7 @@ def test_a_killed_run_resumes_from_its_last_checkpoint(config, tmp_path):
     assert without_times(read_log(killed)) == without_times(read_log(straight))
 
 
+@pytest.mark.cpu_only
 def test_a_run_is_not_overwritten_or_changed(config, folder, tmp_path):
     out = tmp_path / "run"
     with pytest.raises(FileNotFoundError, match="nothing to resume"):
@@ -271,6 +279,7 @@ def test_a_run_is_not_overwritten_or_changed(config, folder, tmp_path):
         Trainer(config, out, resume=True)
 
 
+@pytest.mark.cpu_only
 def test_a_loss_that_is_not_finite_stops_the_run(config, tmp_path):
     trainer = Trainer(config, tmp_path / "run")
     trainer.run(until=1)
@@ -297,6 +306,7 @@ def command(config, out, **changes):
     return ["train", *(text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", str(value)))]
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl_c", "terminate"])
 def test_an_interrupted_command_leaves_a_checkpoint_to_continue(config, tmp_path, number):
     out = tmp_path / "run"
@@ -324,6 +334,7 @@ def test_an_interrupted_command_leaves_a_checkpoint_to_continue(config, tmp_path
     assert saved.read_bytes() == expected.read_bytes()
 
 
+@pytest.mark.cpu_only
 class TestCommandLine:
     def test_train_resume_generate(self, config, tmp_path, capsys):
         out = tmp_path / "run"

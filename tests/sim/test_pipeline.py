@@ -1,4 +1,4 @@
-"""Named barriers between producer and consumer warps, as racecheck, synccheck and the two asynchronous modes see them."""
+"""Named barriers between producer and consumer warps, as the checkers and the asynchronous modes see them."""
 
 import pytest
 from simtest import HERE, build_cuda, run
@@ -44,7 +44,7 @@ def test_planted_bug_is_found(exe, bug, mode, order):
     assert done.stdout.removeprefix("launch failure: ").strip() == done.stderr.removeprefix("ptxsim: ").strip()
 
 
-@pytest.mark.parametrize("case,check,found", [("together", "1", False), ("together", "strict", True)])
+@pytest.mark.parametrize(("case", "check", "found"), [("together", "1", False), ("together", "strict", True)])
 def test_stores_of_equal_bytes(exe, case, check, found):
     done = run(exe, case, racecheck=check)
     assert ("write-after-write" in done.stderr) == found

@@ -176,6 +176,14 @@ void exec_packed(Warp& w, const Inst& in) {
 
 /// Two f32 in a 64-bit register (sm_100 add.f32x2 etc.) are not supported.
 
+template <Op O>
+Handler nearest_approx(bool ftz, bool sat) {
+  return ftz ? (sat ? approximate_lanes<exec_nearest<float, O, true, true>>
+                    : approximate_lanes<exec_nearest<float, O, true, false>>)
+             : (sat ? approximate_lanes<exec_nearest<float, O, false, true>>
+                    : approximate_lanes<exec_nearest<float, O, false, false>>);
+}
+
 template <class T, Op O>
 Handler nearest(bool ftz, bool sat) {
   return ftz ? (sat ? exec_nearest<T, O, true, true> : exec_nearest<T, O, true, false>)
@@ -199,7 +207,8 @@ void decode_float(Decode& d) {
   if (relu && !(O == Op::fma && size_of(t) <= 4 && t != Type::f32)) d.unsupported("relu");
   if (t == Type::f32) {
     if (mode == Round::rn) {
-      d.exec(nearest<float, O>(ftz, sat), approx || (special && O != Op::div) ? InstClass::sfu : InstClass::fp32);
+      d.exec(approx ? nearest_approx<O>(ftz, sat) : nearest<float, O>(ftz, sat),
+             approx || (special && O != Op::div) ? InstClass::sfu : InstClass::fp32);
     } else {
       d.inst.imm[0] = static_cast<uint32_t>(mode);
       d.inst.imm[1] = ftz;
@@ -285,7 +294,9 @@ void decode_rsqrt(Decode& d) {
   d.out(0, t);
   d.in(1, t);
   if (t == Type::f32)
-    d.exec(ftz ? map<rsqrt32<true>, float, float> : map<rsqrt32<false>, float, float>, InstClass::sfu);
+    d.exec(ftz ? approximate_lanes<map<rsqrt32<true>, float, float>>
+               : approximate_lanes<map<rsqrt32<false>, float, float>>,
+           InstClass::sfu);
   else if (t == Type::f64)
     d.exec(map<rsqrt_approx64, double, double>, InstClass::fp64);
   else

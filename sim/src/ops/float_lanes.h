@@ -1,10 +1,12 @@
 // Scalar building blocks of the floating-point handlers.
 #pragma once
+#include <bit>
 #include <cmath>
 #include <limits>
 
 #include "ops/lanes.h"
 #include "ops/numeric.h"
+#include "sim/launch.h"
 
 namespace ptxsim {
 
@@ -41,6 +43,26 @@ typename Element<P>::type high(P p) {
 template <class P>
 P pack(typename Element<P>::type lo, typename Element<P>::type hi) {
   return {uint32_t{hi.bits} << 16 | lo.bits};
+}
+
+/// The result of an f32 .approx function moved by up to `ulp` units in the last place, the same for the same result.
+/// Powers of two stay: the hardware's functions are exact where they must be, as for ex2(0).
+inline float approximate(float x, uint32_t ulp, uint32_t seed) {
+  const auto bits = std::bit_cast<uint32_t>(x);
+  const uint32_t exponent = bits >> 23 & 0xff;
+  if (exponent < 2 || exponent > 253 || (bits & 0x7fffff) == 0) return x;
+  const uint64_t hash = (uint64_t{bits} * 2654435761u + seed) * 0x9e3779b97f4a7c15u;
+  return std::bit_cast<float>(bits + static_cast<uint32_t>((hash >> 32) % (2 * uint64_t{ulp} + 1)) - ulp);
+}
+
+/// A handler of an f32 .approx instruction, with the option approx_ulp.
+template <auto Exact>
+void approximate_lanes(Warp& w, const Inst& in) {
+  Exact(w, in);
+  const Options& o = w.launch->options;
+  if (o.approx_ulp == 0) return;
+  auto* r = w.dst<float>(in.op[0]);
+  for_lanes(w.exec, [&](uint32_t l) { r[l] = approximate(r[l], o.approx_ulp, o.seed); });
 }
 
 inline half flush(half h) { return (h.bits & 0x7c00) ? h : half{static_cast<uint16_t>(h.bits & 0x8000)}; }

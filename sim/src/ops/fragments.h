@@ -10,6 +10,7 @@
 #include <cstring>
 
 #include "ops/float_lanes.h"
+#include "ptxsim/options.h"
 
 namespace ptxsim {
 
@@ -34,9 +35,9 @@ constexpr unsigned mma_element_bytes(MmaType t) {
 void convert_to_float(MmaType t, const void* src, float* dst, unsigned n);
 void convert_to_int(MmaType t, const void* src, int32_t* dst, unsigned n);
 
-/// C[m][n] += A[m][k] * B[k][n]; products are exact, sums in f32 in order of k.
-/// The hardware's order and intermediate rounding are unspecified.
-void tile_fma(float* c, unsigned ldc, const float* a, unsigned lda, const float* b, unsigned ldb, unsigned m,
-              unsigned n, unsigned k);
+/// C[m][n] += A[m][k] * B[k][n] for elements of type `t` already converted; n is a multiple of 8. `options.mma` says
+/// how products are summed; `half_sum`: C is rounded to f16 afterwards.
+void multiply_tile(const Options& options, MmaType t, bool half_sum, float* c, unsigned ldc, const float* a,
+                   unsigned lda, const float* b, unsigned ldb, unsigned m, unsigned n, unsigned k);
 
 }  // namespace ptxsim

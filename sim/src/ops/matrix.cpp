@@ -120,7 +120,7 @@ void exec_mma_float(Warp& w, const Inst& in) {
       for (unsigned l = 0; l < kWarpSize; ++l) c[acc_row(i, l) * 8 + acc_col(i, l)] = r[l];
     }
   }
-  tile_fma(c, 8, a, s.k, b, 8, s.m, 8, s.k);
+  multiply_tile(w.launch->options, s.a, s.d_half, c, 8, a, s.k, b, 8, s.m, 8, s.k);
   if (s.d_half) {
     for (unsigned i = 0; i < s.nd; ++i) {
       half h[64];

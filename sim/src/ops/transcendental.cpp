@@ -1,7 +1,8 @@
 // ex2, lg2, sin, cos, tanh.
 //
 // The hardware's .approx results have errors of a few ulp that PTX bounds but
-// does not specify; these return the correctly rounded (or nearly so) value.
+// does not specify; these return the correctly rounded (or nearly so) value,
+// moved by the option approx_ulp.
 #include "ops/float_lanes.h"
 #include "ops/table.h"
 
@@ -62,7 +63,7 @@ void decode(Decode& d) {
   d.in(1, t);
   switch (t) {
     case Type::f32:
-      d.exec(ftz ? exec32<F, true> : exec32<F, false>, InstClass::sfu);
+      d.exec(ftz ? approximate_lanes<exec32<F, true>> : approximate_lanes<exec32<F, false>>, InstClass::sfu);
       break;
     case Type::f16:
       d.exec(exec16<F, half>, InstClass::sfu);

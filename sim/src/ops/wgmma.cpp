@@ -168,7 +168,7 @@ void compute_float(Warp& w, const Inst& in, const Issue& issue, uint8_t* frame) 
         c[(l / 4 + 8 * (j % 4 / 2)) * s.n + 8 * (j / 4) + 2 * (l % 4) + j % 2] = reinterpret_cast<const float*>(r)[l];
     }
   }
-  tile_fma(c, s.n, a, s.k, b, s.n, kRows, s.n, s.k);
+  multiply_tile(w.launch->options, s.a, half_acc, c, s.n, a, s.k, b, s.n, kRows, s.n, s.k);
   for (unsigned j = 0; j < s.nd; ++j) {
     uint8_t* r = frame + in.op[j].offset;
     for (unsigned l = 0; l < kWarpSize; ++l) {

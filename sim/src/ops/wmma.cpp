@@ -122,7 +122,7 @@ void exec_mma(Warp& w, const Inst& in) {
     convert_to_float(MmaType::f16, rc, c, m * n);
   else
     std::memcpy(c, rc, m * n * 4);
-  tile_fma(c, n, a, k, b, n, m, n, k);
+  multiply_tile(w.launch->options, ta, d_half, c, n, a, k, b, n, m, n, k);
   if (d_half) {
     auto* h = reinterpret_cast<half*>(rc);
     for (unsigned i = 0; i < m * n; ++i) h[i] = to_half(c[i]);

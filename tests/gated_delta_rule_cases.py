@@ -130,7 +130,7 @@ def arrange(x: torch.Tensor, layout: str) -> torch.Tensor:
         wide[..., ::2] = x
         return wide[..., ::2]
     if layout == "broadcast":
-        return x[:, :1].expand(x.shape)
+        return x[:, :, :1].expand(x.shape)
     assert layout in ("dense", "packed"), layout
     return x
 

@@ -28,8 +28,8 @@ pytestmark = pytest.mark.usefixtures("kernels")
 SHAPES = {
     "base": Case(),
     **{f"T={T}": Case(T=T) for T in (1, 2, 63, 64, 65, 127, 128, 129, 193)},
-    "K=1": Case(K=1, T=33),  # every key is 1 or -1
-    **{f"K={K}": Case(K=K) for K in (5, 40, 96, 100, 128)},
+    **{f"K={K}": Case(K=K, gate="model") for K in (1, 5)},  # so few channels make keys alike: the memory has to fade
+    **{f"K={K}": Case(K=K) for K in (40, 96, 100, 128)},
     **{f"V={V}": Case(V=V) for V in (1, 5, 40, 96, 100, 128)},
     "K=V=128": Case(K=128, V=128, T=70),
     "B=3": Case(B=3, T=70),
@@ -70,7 +70,7 @@ REGIMES = {
     "gate model, state 30, packed": varlen(65, 0, 40, gate="model", state=30.0),
     "gate mixed, l2norm, groups": Case(gate="mixed", l2norm=True, H=2, HV=4, state=1.0),
 }
-# Reflections about one direction never forget a rounding error: no sixteen-bit operand keeps the bounds.
+# Reflections about one direction never forget a rounding error: no 16-bit or TF32 operand keeps the bounds.
 EXACT = {"keys identical, beta two": Case(keys="identical", beta="two", state=1.0)}
 LARGE = {
     "T=1000": Case(T=1000, B=2, H=2, HV=4, state=1.0),
@@ -96,8 +96,8 @@ if SIM:
 else:
     WHOLE = in_every_dtype({**CASES, **{f"large {name}": case for name, case in LARGE.items()}})
     TOKENWISE = in_every_dtype(CASES)
-for cases in (WHOLE, TOKENWISE):
-    cases.update((name, case) for name, case in in_every_dtype(EXACT).items() if case.dtype.itemsize >= 4)
+    for cases in (WHOLE, TOKENWISE):
+        cases.update((name, case) for name, case in in_every_dtype(EXACT).items() if case.dtype.itemsize >= 4)
 
 
 def chunk(g=None, **arguments):

@@ -48,8 +48,9 @@ def backend():
 
 @pytest.fixture(params=["early", "late"] if SIM else ["native"])
 def kernels(request):
-    """Runs the test once on the CPU; in the simulator once with asynchronous copies done as early and once as late as
-    the programming model allows, with every checker on."""
+    """Runs the test once on the CPU. In the simulator, once with asynchronous copies done as early and once as late as
+    the programming model allows, with every checker on.
+    """
     if not SIM:
         yield request.param
         return

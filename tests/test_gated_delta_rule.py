@@ -218,9 +218,7 @@ def test_gate_and_beta_from_logits(case, function, with_bias, neg_eigval):
         return chunked_in_plain_torch(g=g, beta=beta.sigmoid() * (2 if neg_eigval else 1), **rest)
 
     inputs = make_inputs(case)
-    inputs.options.update(
-        use_gate_in_kernel=True, use_beta_sigmoid_in_kernel=True, allow_neg_eigval=neg_eigval
-    )
+    inputs.options.update(use_gate_in_kernel=True, use_beta_sigmoid_in_kernel=True, allow_neg_eigval=neg_eigval)
     oracle = call(naive_gated_delta_rule, inputs.double())
     rule = dict.fromkeys(oracle) if case.dtype == torch.float64 else call(yardstick, make_like(inputs))
     actual = call(function, make_like(inputs))
@@ -228,9 +226,7 @@ def test_gate_and_beta_from_logits(case, function, with_bias, neg_eigval):
     for name, value in actual.items():
         gradient = name.startswith("d")
         bound = HALF[case.dtype][gradient] if case.dtype in HALF else None
-        assert_accurate(
-            value, oracle[name], rule[name], name, dtype=case.dtype, relative_rms=bound, gradient=gradient
-        )
+        assert_accurate(value, oracle[name], rule[name], name, dtype=case.dtype, relative_rms=bound, gradient=gradient)
 
 
 def make_like(inputs):

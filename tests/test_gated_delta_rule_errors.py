@@ -1,4 +1,5 @@
 """Bad input: an error that names the argument, what was given and what is allowed."""
+# ruff: noqa: E501 (a row of a table is one line)
 
 import pytest
 import torch
@@ -225,13 +226,9 @@ def test_offsets_are_clamped_below_the_python_layer(kernels, offsets, spans):
     x = [inputs.tensors[name] for name in ("q", "k", "v", "g", "beta")]
     state = torch.randn(len(spans), 1, 16, 16)
     offsets = torch.tensor(offsets, dtype=torch.int32)
-    o, final_state, saved = torch.ops.remora.gated_delta_rule_fwd(
-        *x, state, offsets, 1.0, False, True, False, True
-    )
+    o, final_state, saved = torch.ops.remora.gated_delta_rule_fwd(*x, state, offsets, 1.0, False, True, False, True)
     d_final = torch.randn_like(state)
-    grads = torch.ops.remora.gated_delta_rule_bwd(
-        *x, state, offsets, saved, inputs.d_o, d_final, 1.0, False, False
-    )
+    grads = torch.ops.remora.gated_delta_rule_bwd(*x, state, offsets, saved, inputs.d_o, d_final, 1.0, False, False)
     o2, state2 = torch.ops.remora.gated_delta_rule_recurrent_fwd(*x, state, offsets, 1.0, False, True, False)
     covered = torch.zeros(40, dtype=torch.bool)
     for n, (begin, end) in enumerate(spans):

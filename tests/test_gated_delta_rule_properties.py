@@ -48,7 +48,9 @@ def test_three_runs_agree(function, dtype):
 @functions
 @dtypes
 @pytest.mark.parametrize(
-    "case", [Case(T=LONG, B=2, H=2, HV=4, state=1.0), varlen(1, 300, 0, 129, 270, HV=3, state=1.0)], ids=["batch", "packed"]
+    "case",
+    [Case(T=LONG, B=2, H=2, HV=4, state=1.0), varlen(1, 300, 0, 129, 270, HV=3, state=1.0)],
+    ids=["batch", "packed"],
 )
 def test_the_number_of_threads_does_not_matter(function, dtype, case):
     case = replace(case, dtype=dtype)
@@ -86,7 +88,9 @@ def test_a_sequence_alone_in_a_batch_and_packed(function, dtype):
         twice = replace(
             alone,
             tensors={
-                name: torch.cat([x.detach().flip(1) if name != "initial_state" else -x.detach(), x.detach()]).requires_grad_()
+                name: torch.cat(
+                    [x.detach().flip(1) if name != "initial_state" else -x.detach(), x.detach()]
+                ).requires_grad_()
                 for name, x in alone.tensors.items()
             },
             d_o=torch.cat([-alone.d_o, alone.d_o]),
@@ -107,7 +111,9 @@ def test_more_heads_do_not_change_a_head(function, dtype):
     one = replace(
         inputs,
         tensors={
-            name: x.detach()[:, 1:2].requires_grad_() if name == "initial_state" else x.detach()[:, :, 1:2].requires_grad_()
+            name: x.detach()[:, 1:2].requires_grad_()
+            if name == "initial_state"
+            else x.detach()[:, :, 1:2].requires_grad_()
             for name, x in inputs.tensors.items()
         },
         d_o=inputs.d_o[:, :, 1:2],

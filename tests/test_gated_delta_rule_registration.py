@@ -72,7 +72,7 @@ def test_opcheck_bwd(case, d_final):
 @pytest.mark.parametrize("logits", [False, True], ids=["gates", "logits"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck_step(indices, logits, dtype):
-    inputs, x, _, options, _ = operands(Case(B=2, T=1, K=16, V=24, dtype=dtype), requires_grad=False)
+    _, x, _, options, _ = operands(Case(B=2, T=1, K=16, V=24, dtype=dtype), requires_grad=False)
     slots = None if indices is None else torch.tensor(indices, dtype=torch.int32)
     a_log, dt_bias = (torch.zeros(2), torch.ones(2)) if logits else (None, None)
     state = torch.randn(2 if indices is None else 3, 2, 16, 24)
@@ -101,7 +101,7 @@ functions = pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTION
 def test_compile(function, dynamic, case):
     torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    for T in ((case.T, case.T + 9) if dynamic and case.lengths is None else (case.T,)):
+    for T in (case.T, case.T + 9) if dynamic and case.lengths is None else (case.T,):
         sized = replace(case, T=T)
         eager = results(function, make_inputs(sized))
         for name, value in results(compiled, make_inputs(sized)).items():

@@ -29,7 +29,9 @@ def test_shared_memory_fits_the_device(arch, dtype, head_dim):
     assert chosen["num_stages"] <= roomier["num_stages"]
 
 
-@pytest.mark.parametrize(("head_dim", "served_by"), [(1, 64), (63, 64), (64, 64), (65, 128), (128, 128), (129, 256), (256, 256)])
+@pytest.mark.parametrize(
+    ("head_dim", "served_by"), [(1, 64), (63, 64), (64, 64), (65, 128), (128, 128), (129, 256), (256, 256)]
+)
 def test_a_head_is_padded_to_the_next_instantiation(head_dim, served_by):
     assert plan(head_dim=head_dim)["head_dim"] == served_by
 
@@ -78,11 +80,21 @@ def test_equal_arguments_give_equal_plans():
 def test_a_plan_prints_itself():
     chosen = plan()
     assert chosen["text"].startswith("FwdConfig(")
-    for name in ("head_dim", "num_stages", "num_spans", "num_v_tiles", "num_summary_ctas", "num_output_ctas", "smem_size"):
+    for name in (
+        "head_dim",
+        "num_stages",
+        "num_spans",
+        "num_v_tiles",
+        "num_summary_ctas",
+        "num_output_ctas",
+        "smem_size",
+    ):
         assert f"{name}={chosen[name]}" in chosen["text"]
 
 
-@pytest.mark.parametrize("changes", [{"seqlen": 0}, {"batch": 0, "num_seqs": 0}, {"seqlen": 2**33}, {"batch": 2**20, "num_seqs": 2**20}])
+@pytest.mark.parametrize(
+    "changes", [{"seqlen": 0}, {"batch": 0, "num_seqs": 0}, {"seqlen": 2**33}, {"batch": 2**20, "num_seqs": 2**20}]
+)
 def test_extreme_shapes_have_a_plan(changes):
     chosen = plan(**changes)
     assert chosen["num_spans"] >= 1

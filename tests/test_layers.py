@@ -23,7 +23,11 @@ def test_the_script_prints_and_fails(tmp_path, capsys):
 
 
 WRONG = {
-    "torch in a kernel": (f"{OPERATOR}/fwd_kernel.cuh", "#include <torch/csrc/stable/tensor.h>", "torch headers belong"),
+    "torch in a kernel": (
+        f"{OPERATOR}/fwd_kernel.cuh",
+        "#include <torch/csrc/stable/tensor.h>",
+        "torch headers belong",
+    ),
     "torch in launch.cu": (f"{OPERATOR}/launch.cu", '#include "torch/stable.h"', "torch headers belong"),
     "ATen in cpu.cpp": (f"{OPERATOR}/cpu.cpp", "#include <ATen/ATen.h>", "torch headers belong"),
     "c10 in common": ("csrc/common/dtype.h", "  #  include <c10/util/Half.h>", "torch headers belong"),

@@ -5,8 +5,8 @@ float64; `yardstick`, the same mathematics done by plain PyTorch in the operator
 
 1. it is NaN where the oracle is NaN and infinite where the oracle is, with the same sign, and nowhere else;
 2. `max |actual - oracle| <= 2 max |yardstick - oracle| + slack`, where the slack is twice the largest rounding error of
-   `oracle + 0.3 - 0.3` done in the dtype, because a yardstick may be exact by luck; for float32 also 2^-20 of the largest
-   value, because tensor cores make a float32 product out of three TF32 products, of 22 bits together;
+   `oracle + 0.3 - 0.3` done in the dtype, because a yardstick may be exact by luck; for float32 also 2^-20 of the
+   largest value, because tensor cores make a float32 product out of three TF32 products, of 22 bits together;
 3. `rms(actual - oracle) <= bound * rms(oracle)`, with a bound per dtype;
 4. for gradients, the cosine of the angle to the oracle is at least `1 - 1e-5`.
 

@@ -305,50 +305,57 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
   const int head_dim = static_cast<int>(shape.head_dim), value_dim = static_cast<int>(shape.value_dim);
   const float scale = static_cast<float>(params.scale);
   const TokenStrides &q_stride = params.q_stride, &k_stride = params.k_stride, &v_stride = params.v_stride;
-  const T* gmem_q = static_cast<const T*>(params.q) + batch_idx * q_stride.batch + token_idx * q_stride.token +
-                    key_head * q_stride.head;
   const T* gmem_k = static_cast<const T*>(params.k) + batch_idx * k_stride.batch + token_idx * k_stride.token +
                     key_head * k_stride.head;
   load_tile<T, BLOCK_T, HEAD_DIM, kNumThreads>(smem_k, gmem_k, k_stride.token, num_tokens, head_dim);
+  if (threadIdx.x == 0) {
+    smem.source.k = gmem_k;
+    smem.source.q = static_cast<const T*>(params.q) + batch_idx * q_stride.batch + token_idx * q_stride.token +
+                    key_head * q_stride.head;
+  }
 
   for (int group_idx = 0; group_idx < group_size; ++group_idx) {
     const int64_t head = key_head * group_size + group_idx;
     const int64_t gate_stride = shape.num_value_heads;
     const int64_t token_head = chunk.first_token * gate_stride + head;  // of [B, T, HV]
     const int64_t value_stride = gate_stride * value_dim;
-    const float* gmem_g = params.g == nullptr ? nullptr : static_cast<const float*>(params.g) + token_head;
-    const float* gmem_beta = static_cast<const float*>(params.beta) + token_head;
-    const T* gmem_v = static_cast<const T*>(params.v) + batch_idx * v_stride.batch + token_idx * v_stride.token +
-                      head * v_stride.head;
-    const T* gmem_d_o = static_cast<const T*>(params.d_o) + token_head * value_dim;
-    T* gmem_dv = static_cast<T*>(params.dv) + token_head * value_dim;
-    const TSaved* gmem_state =
-        static_cast<const TSaved*>(params.saved_states) + (state_slot * gate_stride + head) * head_dim * value_dim;
-    const TSaved* gmem_d_state = d_states + (slot * gate_stride + head) * value_dim * HEAD_DIM;
+    if (threadIdx.x == 0) {
+      auto& to = smem.source;
+      to.v = static_cast<const T*>(params.v) + batch_idx * v_stride.batch + token_idx * v_stride.token +
+             head * v_stride.head;
+      to.d_o = static_cast<const T*>(params.d_o) + token_head * value_dim;
+      to.dv = static_cast<T*>(params.dv) + token_head * value_dim;
+      to.state =
+          static_cast<const TSaved*>(params.saved_states) + (state_slot * gate_stride + head) * head_dim * value_dim;
+      to.d_state = d_states + (slot * gate_stride + head) * value_dim * HEAD_DIM;
+      to.g = params.g == nullptr ? nullptr : static_cast<const float*>(params.g) + token_head;
+      to.beta = static_cast<const float*>(params.beta) + token_head;
+    }
+    __syncthreads();
 
     const auto load_earlier_keys = [&](int num_back) {
       const int64_t back = num_back * BLOCK_T;
-      load_tile<T, BLOCK_T, HEAD_DIM, kNumThreads>(smem_q, gmem_k - back * k_stride.token, k_stride.token, BLOCK_T,
-                                                   head_dim);
-      load_gates(smem.coef[1], gmem_g == nullptr ? nullptr : gmem_g - back * gate_stride,
-                 gmem_beta - back * gate_stride, gate_stride, BLOCK_T, threadIdx.x);
+      load_tile<T, BLOCK_T, HEAD_DIM, kNumThreads>(smem_q, smem.source.k - back * k_stride.token, k_stride.token,
+                                                   BLOCK_T, head_dim);
+      load_gates(smem.coef[1], smem.source.g == nullptr ? nullptr : smem.source.g - back * gate_stride,
+                 smem.source.beta - back * gate_stride, gate_stride, BLOCK_T, threadIdx.x);
     };
     const auto load_earlier_values = [&](uint32_t dst, int num_back, int v0) {
-      load_tile<T, BLOCK_T, BLOCK_V, kNumThreads>(dst, gmem_v - num_back * BLOCK_T * v_stride.token + v0,
+      load_tile<T, BLOCK_T, BLOCK_V, kNumThreads>(dst, smem.source.v - num_back * BLOCK_T * v_stride.token + v0,
                                                   v_stride.token, BLOCK_T, min(BLOCK_V, value_dim - v0));
     };
     const auto load_stage = [&](typename Smem::Stage& stage, int v0) {
       const int num_cols = min(BLOCK_V, value_dim - v0);
-      load_tile<T, HEAD_DIM, BLOCK_V, kNumThreads>(smem_address(stage.state), gmem_state + v0, value_dim, head_dim,
-                                                   num_cols);
-      load_tile<T, BLOCK_T, BLOCK_V, kNumThreads>(smem_address(stage.u), gmem_v + v0, v_stride.token, num_tokens,
+      load_tile<T, HEAD_DIM, BLOCK_V, kNumThreads>(smem_address(stage.state), smem.source.state + v0, value_dim,
+                                                   head_dim, num_cols);
+      load_tile<T, BLOCK_T, BLOCK_V, kNumThreads>(smem_address(stage.u), smem.source.v + v0, v_stride.token, num_tokens,
                                                   num_cols);
-      load_tile<T, BLOCK_T, BLOCK_V, kNumThreads>(smem_address(stage.dv), gmem_dv + v0, value_stride, num_tokens,
+      load_tile<T, BLOCK_T, BLOCK_V, kNumThreads>(smem_address(stage.dv), smem.source.dv + v0, value_stride, num_tokens,
                                                   num_cols);
-      load_tile<T, BLOCK_T, BLOCK_V, kNumThreads>(smem_address(stage.d_o), gmem_d_o + v0, value_stride, num_tokens,
-                                                  num_cols);
-      load_tile<T, BLOCK_V, HEAD_DIM, kNumThreads>(smem_address(stage.d_state), gmem_d_state + int64_t{v0} * HEAD_DIM,
-                                                   HEAD_DIM, num_cols, HEAD_DIM);
+      load_tile<T, BLOCK_T, BLOCK_V, kNumThreads>(smem_address(stage.d_o), smem.source.d_o + v0, value_stride,
+                                                  num_tokens, num_cols);
+      load_tile<T, BLOCK_V, HEAD_DIM, kNumThreads>(
+          smem_address(stage.d_state), smem.source.d_state + int64_t{v0} * HEAD_DIM, HEAD_DIM, num_cols, HEAD_DIM);
       if (kPreparesBoth && num_earlier > 0) load_earlier_values(smem_address(stage.earlier_u), 1, v0);
       cp_async_commit();
     };
@@ -357,7 +364,7 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
     };
 
     // Gates, norms and inverses
-    load_gates(smem.coef[0], gmem_g, gmem_beta, gate_stride, num_tokens, threadIdx.x);
+    load_gates(smem.coef[0], smem.source.g, smem.source.beta, gate_stride, num_tokens, threadIdx.x);
     if (kPreparesBoth && num_earlier > 0) load_earlier_keys(1);
     cp_async_commit();
     if constexpr (kNumStages == 2) {
@@ -424,7 +431,7 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
         advance_state<Traits>(r, smem_q, smem_state, smem_earlier_u, smem.coef[1]);
       }
       if (is_last) {
-        load_tile<T, BLOCK_T, HEAD_DIM, kNumThreads>(smem_q, gmem_q, q_stride.token, num_tokens, head_dim);
+        load_tile<T, BLOCK_T, HEAD_DIM, kNumThreads>(smem_q, smem.source.q, q_stride.token, num_tokens, head_dim);
         cp_async_commit();
       }
 
@@ -447,11 +454,11 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
         }
       }
       __syncthreads();
-      store_tile<T, BLOCK_T, BLOCK_V, kNumThreads>(gmem_dv + v0, value_stride, num_tokens, min(BLOCK_V, value_dim - v0),
-                                                   smem_dv);
+      store_tile<T, BLOCK_T, BLOCK_V, kNumThreads>(smem.source.dv + v0, value_stride, num_tokens,
+                                                   min(BLOCK_V, value_dim - v0), smem_dv);
 
       // Products that contract V
-#pragma unroll
+#pragma unroll 1
       for (int step = 0; step < BLOCK_V; step += 16) {
         const FragA<T> a_d_o = ValueTile::load_a(smem_d_o, place.row0, step);
         const FragA<T> a_dv = ValueTile::load_a(smem_dv, place.row0, step);

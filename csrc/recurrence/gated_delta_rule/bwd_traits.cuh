@@ -85,6 +85,13 @@ struct BwdChunkTraits : BwdTraits<T_, HEAD_DIM_> {
     alignas(128) uint8_t y[2][CausalTile<typename Base::TY, BLOCK_T>::SIZE];  // of the chunk, of an earlier one
     alignas(128) uint8_t residual[BLOCK_T * BLOCK_V * sizeof(typename Base::TY)];
     ChunkCoefficients<BLOCK_T> coef[2];
+    /// First elements of this CTA's rows, here because accumulators fill the registers.
+    struct Source {
+      const T_ *q, *k, *v, *d_o;
+      T_* dv;
+      const typename Base::TSaved *state, *d_state;
+      const float *g, *beta;
+    } source;
     float warp_values[kNumWarps];
     float row_sums[4][2][BLOCK_T];
     float column_sums[BLOCK_T / 16][BLOCK_T];

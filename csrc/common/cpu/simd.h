@@ -174,6 +174,24 @@ REMORA_INLINE void store_first(E* p, Vec<T> v, int64_t lanes) {
   for (int64_t i = 0; i < lanes; ++i) p[i] = buffer[i];
 }
 
+template <class T, class E>
+REMORA_INLINE T load_one(const E* p) {
+  if constexpr (std::is_same_v<T, E>) {
+    return *p;
+  } else {
+    return load_first<T>(p, 1)[0];
+  }
+}
+
+template <class T, class E>
+REMORA_INLINE void store_one(E* p, T x) {
+  if constexpr (std::is_same_v<T, E>) {
+    *p = x;
+  } else {
+    store_first<T>(p, broadcast(x), 1);
+  }
+}
+
 // ---- permutations and reductions
 
 /// rows[i][j] becomes rows[j][i].
@@ -212,15 +230,49 @@ REMORA_INLINE void transpose(V* rows) {
   }
 }
 
+/// Lane i of the result is the sum of the lanes of rows[i]; destroys the rows.
+template <class V>
+REMORA_INLINE V sum_rows(V* rows) {
+  using T = std::remove_cvref_t<decltype(rows[0][0])>;
+  constexpr int w = kWidth<T>;
+  // Every pass folds rows i and i + count into one whose lanes alternate between the two.
+  const auto fold = [&]<int count>(std::integral_constant<int, count>) REMORA_ALWAYS_INLINE {
+    [&]<int... L>(std::integer_sequence<int, L...>) REMORA_ALWAYS_INLINE {
+      unroll<count>([&](auto i) REMORA_ALWAYS_INLINE {
+        const V a = rows[i], b = rows[i + count];
+        rows[i] = __builtin_shufflevector(a, b, (L % 2 ? w + L / 2 : L / 2)...) +
+                  __builtin_shufflevector(a, b, (L % 2 ? w + w / 2 + L / 2 : w / 2 + L / 2)...);
+      });
+    }(std::make_integer_sequence<int, w>{});
+  };
+  if constexpr (w >= 16) fold(std::integral_constant<int, 8>{});
+  if constexpr (w >= 8) fold(std::integral_constant<int, 4>{});
+  if constexpr (w >= 4) fold(std::integral_constant<int, 2>{});
+  fold(std::integral_constant<int, 1>{});
+  return rows[0];
+}
+
 /// Sum of the lanes, by halves.
 template <class T>
 REMORA_INLINE T sum(Vec<T> v) {
-  T lane[kWidth<T>];
-  __builtin_memcpy(lane, &v, sizeof v);
-  for (int half = kWidth<T> / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
-  }
-  return lane[0];
+  constexpr int w = kWidth<T>;
+  const auto fold = [&]<int half>(std::integral_constant<int, half>) REMORA_ALWAYS_INLINE {
+    [&]<int... L>(std::integer_sequence<int, L...>) REMORA_ALWAYS_INLINE {
+      v += __builtin_shufflevector(v, v, ((L + half) % w)...);
+    }(std::make_integer_sequence<int, w>{});
+  };
+  if constexpr (w >= 16) fold(std::integral_constant<int, 8>{});
+  if constexpr (w >= 8) fold(std::integral_constant<int, 4>{});
+  if constexpr (w >= 4) fold(std::integral_constant<int, 2>{});
+  fold(std::integral_constant<int, 1>{});
+  return v[0];
+}
+
+/// Asks for a row that is read some microseconds later. Into L2: rows of a token tensor lie a power of two apart and
+/// would evict each other from L1.
+template <class E>
+REMORA_INLINE void prefetch_row(const E* row, int64_t dims) {
+  for (int64_t d = 0; d < dims; d += 64 / static_cast<int64_t>(sizeof(E))) __builtin_prefetch(row + d, 0, 2);
 }
 
 /// e^x for x <= 0; results below the smallest normal number are zero.

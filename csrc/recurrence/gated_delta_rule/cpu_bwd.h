@@ -115,16 +115,14 @@ REMORA_INLINE typename Op::Real transpose_state(typename Op::Word* out, const ty
   return sum<T>((dot[0] + dot[1]) + (dot[2] + dot[3]));
 }
 
-/// out[i] = sum of the lanes of rows[i].
+/// out[i] = sum of the lanes of row i.
 template <class T>
-REMORA_INLINE void sum_rows(T* out, const T* rows) {
+REMORA_INLINE void sum_chunk_rows(T* out, const T* rows) {
   constexpr int w = kWidth<T>;
   for (int i = 0; i < kChunk; i += w) {
     Vec<T> block[w];
     unroll<w>([&](auto r) REMORA_ALWAYS_INLINE { block[r] = load<T>(rows + (i + r) * w); });
-    transpose(block);
-    unroll<w - 1>([&](auto r) REMORA_ALWAYS_INLINE { block[0] += block[r + 1]; });
-    store<T>(out + i, block[0]);
+    store<T>(out + i, sum_rows(block));
   }
 }
 
@@ -391,6 +389,18 @@ void bwd(const GatedDeltaRuleBwdParams& p, const GatedDeltaRuleSequence& sequenc
         const T* residual = scratch.residual + c * kChunk * padded_columns;
         alignas(64) T lanes_beta[kChunk * w] = {}, lanes_reads[kChunk * w] = {}, lanes_writes[kChunk * w] = {};
 
+        // While this chunk is walked, the rows of the next one and of its counterpart in the next interval arrive.
+        for (int64_t i = 0; i < kChunk; ++i) {
+          const int64_t next = t - kChunk + i, later = t - kStateInterval + i;
+          if (next >= 0)
+            prefetch_row(static_cast<const E*>(p.d_o) + (row + (next - t) * value_heads) * columns, columns);
+          if (later < 0) continue;
+          prefetch_row(v + (sequence.begin + later) * p.v_stride.token, columns);
+          if (r > 0) continue;
+          prefetch_row(q + (sequence.begin + later) * p.q_stride.token, dims);
+          prefetch_row(k + (sequence.begin + later) * p.k_stride.token, dims);
+        }
+
         const T through =
             value.total * transpose_state<Op>(scratch.d_state_transposed, scratch.d_state + r * padded * padded_columns,
                                               padded, padded_columns, scratch.states + c * state_words);
@@ -427,12 +437,12 @@ void bwd(const GatedDeltaRuleBwdParams& p, const GatedDeltaRuleSequence& sequenc
         }
 
         alignas(64) T d_beta[kChunk], reads[kChunk], writes[kChunk];
-        sum_rows(d_beta, lanes_beta);
+        sum_chunk_rows(d_beta, lanes_beta);
         T* d_beta_out = static_cast<T*>(p.dbeta) + row;
         for (int64_t i = 0; i < tokens; ++i) d_beta_out[i * value_heads] = d_beta[i];
         if (!p.dg) continue;
-        sum_rows(reads, lanes_reads);
-        sum_rows(writes, lanes_writes);
+        sum_chunk_rows(reads, lanes_reads);
+        sum_chunk_rows(writes, lanes_writes);
         gate_gradient(static_cast<T*>(p.dg) + row, value_heads, tokens, pair.gate, reads, writes, through);
       }
     }

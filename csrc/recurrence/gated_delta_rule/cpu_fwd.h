@@ -103,6 +103,14 @@ void fwd(const GatedDeltaRuleFwdParams& p, const GatedDeltaRuleSequence& sequenc
                          static_cast<const T*>(p.beta) + row, value_heads, tokens, static_cast<T>(p.scale));
     for (int64_t tile = first_tile; tile < end_tile; ++tile) {
       const int64_t j = tile * w, lanes = min(w, columns - j);
+      // A share of the next chunk's rows is on its way while this panel is worked on.
+      const int64_t next = t + kChunk, share = end_tile - first_tile;
+      for (int64_t i = next + kChunk * (tile - first_tile) / share;
+           i < min(next + kChunk * (tile - first_tile + 1) / share, sequence.length); ++i) {
+        prefetch_row(q + (sequence.begin + i) * p.q_stride.token, dims);
+        prefetch_row(k + (sequence.begin + i) * p.k_stride.token, dims);
+        prefetch_row(v + (sequence.begin + i) * p.v_stride.token, columns);
+      }
       E copy[kChunk * w];
       const Tile<E> v_tile = whole_tile(v + token * p.v_stride.token + j, p.v_stride.token, tokens, lanes, w, copy);
       const OutputTile<E> o_tile{static_cast<E*>(p.o) + row * columns + j, value_heads * columns, tokens, lanes};

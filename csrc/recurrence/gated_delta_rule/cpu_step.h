@@ -14,9 +14,9 @@ namespace remora::REMORA_CPU_ISA {
 constexpr int kStepVectors = 8;       // columns per pass of a single token, in vectors
 constexpr int kRecurrentVectors = 2;  // columns of a panel that stays in L1
 
-/// Rows per pass of a single token, value-first; one vector holds their values.
+/// Rows per pass of a single token, value-first: their products with k and with q fill the rows of one transpose.
 template <class T>
-constexpr int kStepRows = kWidth<T> < 4 ? kWidth<T> : 4;
+constexpr int kStepRows = kWidth<T> / 2;
 
 /// One token: its key and query in T, normalised, and its gate.
 template <class T>
@@ -88,48 +88,43 @@ REMORA_INLINE int64_t step_blocks(const StepToken<T>& token, const T* in, T* out
   return first;
 }
 
-/// Rows [0, kRows) of a value-first state [rows][dims].
-template <int kRows, class T, class E>
-REMORA_INLINE void step_rows(const StepToken<T>& token, const T* in, T* out, int64_t dims, const E* v, E* o, T scale) {
-  constexpr int w = kWidth<T>;
-  const int64_t whole = dims / w * w;
+/// Rows [0, rows <= kStepRows) of a value-first state [rows][dims].
+template <bool kWhole, class T, class E>
+REMORA_INLINE void step_rows(const StepToken<T>& token, const T* in, T* out, int64_t dims, int64_t rows, const E* v,
+                             E* o, T scale) {
+  constexpr int w = kWidth<T>, n = kStepRows<T>;
   const auto row = [&](int64_t r, int64_t d) REMORA_ALWAYS_INLINE {
-    const T* p = in + r * dims + d;
-    return d < whole ? load<T>(p) : load_first<T>(p, dims - d);
+    if constexpr (kWhole) return load<T>(in + r * dims + d);
+    return r < rows ? load_first<T>(in + r * dims + d, min(w, dims - d)) : Vec<T>{};
   };
-  Vec<T> key_read[kRows] = {}, query_read[kRows] = {};
-  for (int64_t d = 0; d < dims; d += w) {
-    const Vec<T> k = load<T>(token.k + d), q = load<T>(token.q + d);
-    unroll<kRows>([&](auto r) REMORA_ALWAYS_INLINE {
+  // Row after row: the state is read in the order of its addresses, which the processor's prefetcher follows.
+  Vec<T> read[2 * n] = {};  // against k, then against q
+  unroll<n>([&](auto r) REMORA_ALWAYS_INLINE {
+    for (int64_t d = 0; d < dims; d += w) {
       const Vec<T> s = row(r, d);
-      key_read[r] += s * k;
-      query_read[r] += s * q;
-    });
-  }
-  T u[kRows];
-  E v_rows[kWidth<T>] = {}, o_rows[kWidth<T>];
-  for (int r = 0; r < kRows; ++r) v_rows[r] = v[r];
-  const Vec<T> values = load<T>(v_rows);
-  Vec<T> outputs{};
-  unroll<kRows>([&](auto r) REMORA_ALWAYS_INLINE {
-    constexpr int lane = r;
-    u[r] = (values[lane] - token.decay * sum<T>(key_read[r])) * token.beta;
-    outputs[lane] = (token.decay * sum<T>(query_read[r]) + token.qk * u[r]) * scale;
+      read[r] += s * load<T>(token.k + d);
+      read[n + r] += s * load<T>(token.q + d);
+    }
   });
-  store<T>(o_rows, outputs);
-  for (int r = 0; r < kRows; ++r) o[r] = o_rows[r];
-  if (!out) return;
-  for (int64_t d = 0; d < dims; d += w) {
-    const Vec<T> k = load<T>(token.k + d);
-    unroll<kRows>([&](auto r) REMORA_ALWAYS_INLINE {
-      const Vec<T> s = row(r, d) * token.decay + k * u[r];
-      if (d < whole) {
-        store<T>(out + r * dims + d, s);
-      } else {
-        store_first<T>(out + r * dims + d, s, dims - d);
-      }
-    });
+  const Vec<T> sums = sum_rows(read);
+  T u[n], sum[w];
+  store<T>(sum, sums);
+  for (int64_t r = 0; r < rows; ++r) {
+    u[r] = (load_one<T>(v + r) - token.decay * sum[r]) * token.beta;
+    store_one<T>(o + r, (token.decay * sum[n + r] + token.qk * u[r]) * scale);
   }
+  if (!out) return;
+  unroll<n>([&](auto r) REMORA_ALWAYS_INLINE {
+    for (int64_t d = 0; d < dims; d += w) {
+      if (!kWhole && r >= rows) return;
+      const Vec<T> updated = row(r, d) * token.decay + load<T>(token.k + d) * u[r];
+      if constexpr (kWhole) {
+        store<T>(out + r * dims + d, updated);
+      } else {
+        store_first<T>(out + r * dims + d, updated, min(w, dims - d));
+      }
+    }
+  });
 }
 
 template <class T>
@@ -185,12 +180,14 @@ void step_one(const GatedDeltaRuleStepParams& p, const StepToken<T>& token, cons
   const int64_t dims = p.shape.head_dim, columns = p.shape.value_dim;
   const T scale = static_cast<T>(p.scale);
   if (p.state_v_first) {
-    int64_t j = 0;
-    for (; j + kStepRows<T> <= columns; j += kStepRows<T>) {
-      step_rows<kStepRows<T>>(token, in + j * dims, out ? out + j * dims : nullptr, dims, v + j, o + j, scale);
-    }
-    for (; j < columns; ++j) {
-      step_rows<1>(token, in + j * dims, out ? out + j * dims : nullptr, dims, v + j, o + j, scale);
+    for (int64_t j = 0; j < columns; j += kStepRows<T>) {
+      const int64_t rows = min(kStepRows<T>, columns - j);
+      T* out_rows = out ? out + j * dims : nullptr;
+      if (rows == kStepRows<T> && dims % kWidth<T> == 0) {
+        step_rows<true>(token, in + j * dims, out_rows, dims, rows, v + j, o + j, scale);
+      } else {
+        step_rows<false>(token, in + j * dims, out_rows, dims, rows, v + j, o + j, scale);
+      }
     }
     return;
   }

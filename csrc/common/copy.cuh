@@ -46,19 +46,34 @@ __device__ __forceinline__ void copy_tile_async(uint32_t dst, const T* src, int6
   constexpr int kUnits = COLS / kElements;
   static_assert(kUnits <= kNumThreads && kNumThreads % kUnits == 0, "a thread keeps its column");
   constexpr int kRowStep = kNumThreads / kUnits;
+  static_assert(ROWS % kRowStep == 0);
   const int col = thread_idx % kUnits * kElements;
+  const int first_row = thread_idx / kUnits;
   const T* src_col = src + col;
+  // The swizzle repeats every 8 rows, so all but a few addresses differ by constants.
+  const auto dst_of = [&](int i) {
+    return dst + Tile::offset(first_row + i * kRowStep % 8, col) + i * kRowStep / 8 * 8 * Tile::ROW_SIZE;
+  };
+  if (is_aligned && num_rows >= ROWS && num_cols == COLS) {
+    const T* src_row = src_col + first_row * stride_row;
 #pragma unroll
-  for (int row0 = 0; row0 < ROWS; row0 += kRowStep) {
-    const int row = row0 + thread_idx / kUnits;
-    if (ROWS % kRowStep != 0 && row >= ROWS) break;
-    const uint32_t address = dst + Tile::offset(row, col);
-    const bool valid = row < num_rows && col < num_cols;
-    const T* src_row = valid ? src_col + row * stride_row : src;
-    if (is_aligned) {
-      cp_async_16(address, src_row, valid);
-    } else {
-      store_shared(address, load_unaligned_16(src_row, valid ? num_cols - col : 0));
+    for (int i = 0; i < ROWS / kRowStep; ++i) {
+      cp_async_16(dst_of(i), src_row, true);
+      src_row += kRowStep * stride_row;
+    }
+  } else if (is_aligned) {
+#pragma unroll 1
+    for (int i = 0; i < ROWS / kRowStep; ++i) {
+      const int row = first_row + i * kRowStep;
+      const bool valid = row < num_rows && col < num_cols;
+      cp_async_16(dst + Tile::offset(row, col), valid ? src_col + row * stride_row : src, valid);
+    }
+  } else {
+    // Rare and slow anyway: rolled up, for the sake of the instruction cache.
+#pragma unroll 1
+    for (int row = first_row; row < ROWS; row += kRowStep) {
+      const int num_valid = row < num_rows ? num_cols - col : 0;
+      store_shared(dst + Tile::offset(row, col), load_unaligned_16(src_col + row * stride_row, num_valid));
     }
   }
 }

@@ -9,8 +9,10 @@
 // Q. Warps 0..3 (state): warp w owns 16 columns of V. S^T [16, K] are its accumulators; every product is of the form
 //   [16 columns of V, x] [x, y] with the left operand made of accumulators in registers and the right one read from K,
 //   Q, A or Y in shared memory, so the warps never wait for each other inside a chunk.
-// Warps 4..7 (prepare): one chunk ahead; copy K, Q, g, beta with cp.async, run prepare_chunk.
-// A ring of num_stages stages is handed over by named barriers.
+// Warps 4, 5 (pair): A and L of a chunk.
+// Warps 6, 7 (inverse): copy K, Q, g, beta with cp.async, coefficients; -Y from L.
+// The roles form a pipeline over chunks, handed over by named barriers: a ring of stages, two copies of L. Every role
+// is bound by the latency of its own instructions, so short roles side by side beat one long role of more warps.
 //
 // kIsSummary: instead of outputs, the affine map S_out = M S_in + S_ext of a span, M by starting columns of the
 // identity with v = 0, S_ext by starting at zero. fwd_combine_kernel folds the maps; the output pass starts each span
@@ -31,12 +33,19 @@ namespace remora {
 struct FwdKernelParams {
   GatedDeltaRuleFwdParams op;
   int64_t num_v_tiles, num_transition_tiles;
-  int num_spans, num_stages;
-  bool is_aligned;   // q, k, v, o, K and V allow 16-byte pieces
+  int num_spans, num_stages, num_scratches;
   float* span_maps;  // per (sequence, value head, span but the last): S_ext [K, V], then M [K, K]
 };
 
-enum FwdBarrier : int { kFwdFull = 1, kFwdEmpty = kFwdFull + kFwdMaxStages, kFwdPrepare = kFwdEmpty + kFwdMaxStages };
+enum FwdBarrier : int {
+  kFwdFull = 1,                            // per stage: inverse warps -> state warps
+  kFwdEmpty = kFwdFull + kFwdMaxStages,    // per stage: state warps -> inverse warps
+  kFwdLoaded = kFwdEmpty + kFwdMaxStages,  // chunk parity: inverse warps -> pair warps, which may write L
+  kFwdPaired = kFwdLoaded + 2,             // chunk parity: pair warps -> inverse warps
+  kFwdInverse = kFwdPaired + 2,            // among the inverse warps
+};
+constexpr int kFwdStageThreads = 32 * (kFwdInverseWarps + kFwdStateWarps);
+constexpr int kFwdScratchThreads = 32 * (kFwdPairWarps + kFwdInverseWarps);
 
 /// The tokens and columns of one CTA.
 struct FwdWork {
@@ -91,27 +100,25 @@ struct ColumnMap {
 };
 
 /// V^T of a chunk on its way from global memory to accumulators, 16 columns x BLOCK_T tokens.
-template <typename T, int BLOCK_T>
+template <typename T, int BLOCK_T, bool kIsAligned>
 struct ValueFragment {
   uint2 raw[BLOCK_T / 8];
 
-  __device__ __forceinline__ void load(const T* src, int64_t stride_token, int num_tokens, int num_cols,
-                                       bool is_aligned) {
+  __device__ __forceinline__ void load(const T* src, int64_t stride_token, int num_tokens, int num_cols) {
     const int token = threadIdx.x % 32 / 4, col = threadIdx.x % 4 * 4;
+    const T* p = src + token * stride_token + col;
 #pragma unroll
-    for (int i = 0; i < BLOCK_T / 8; ++i) {
-      const T* p = src + (token + i * 8) * stride_token + col;
-      raw[i] = make_uint2(0, 0);
-      if (token + i * 8 < num_tokens) {
-        if (is_aligned) {
-          if (col < num_cols) raw[i] = *reinterpret_cast<const uint2*>(p);
-        } else {
-          T x[4];
+    for (int i = 0; i < BLOCK_T / 8; ++i, p += 8 * stride_token) {
+      if constexpr (kIsAligned) {
+        raw[i] = make_uint2(0, 0);
+        if (token + i * 8 < num_tokens && col < num_cols) raw[i] = *reinterpret_cast<const uint2*>(p);
+      } else {
+        float x[4];
 #pragma unroll
-          for (int j = 0; j < 4; ++j) x[j] = col + j < num_cols ? p[j] : T(0.f);
-          raw[i] = make_uint2(pack<T>(static_cast<float>(x[0]), static_cast<float>(x[1])),
-                              pack<T>(static_cast<float>(x[2]), static_cast<float>(x[3])));
+        for (int j = 0; j < 4; ++j) {
+          x[j] = token + i * 8 < num_tokens && col + j < num_cols ? static_cast<float>(p[j]) : 0.f;
         }
+        raw[i] = make_uint2(pack<T>(x[0], x[1]), pack<T>(x[2], x[3]));
       }
     }
   }
@@ -121,11 +128,11 @@ struct ValueFragment {
   }
 };
 
-template <int BLOCK_T>
-struct ValueFragment<float, BLOCK_T> {
+template <int BLOCK_T, bool kIsAligned>
+struct ValueFragment<float, BLOCK_T, kIsAligned> {
   float raw[BLOCK_T / 8][4];
 
-  __device__ __forceinline__ void load(const float* src, int64_t stride_token, int num_tokens, int num_cols, bool) {
+  __device__ __forceinline__ void load(const float* src, int64_t stride_token, int num_tokens, int num_cols) {
     const int token = threadIdx.x % 4 * 2, col = ColumnMap<float>::first();
 #pragma unroll
     for (int i = 0; i < BLOCK_T / 8; ++i) {
@@ -141,27 +148,25 @@ struct ValueFragment<float, BLOCK_T> {
 
 /// Writes the transpose of x, [16 columns, 8 kTiles rows], to a row-major matrix of Out. The accumulators are those of
 /// a kernel over In.
-template <typename In, typename Out, int kTiles>
-__device__ __forceinline__ void store_rows(Out* dst, int64_t stride_row, int num_rows, int num_cols, bool is_aligned,
+template <typename In, typename Out, bool kIsAligned, int kTiles>
+__device__ __forceinline__ void store_rows(Out* dst, int64_t stride_row, int num_rows, int num_cols,
                                            const FragC (&x)[kTiles]) {
   if constexpr (sizeof(Out) == 2) {
     static_assert(sizeof(In) == 2);
     const int row = threadIdx.x % 32 / 4, col = threadIdx.x % 4 * 4;
+    Out* p = dst + row * stride_row + col;
 #pragma unroll
-    for (int i = 0; i < kTiles; ++i) {
+    for (int i = 0; i < kTiles; ++i, p += 8 * stride_row) {
       const uint2 packed =
           make_uint2(transpose_8x8(pack<Out>(x[i].r[0], x[i].r[1])), transpose_8x8(pack<Out>(x[i].r[2], x[i].r[3])));
-      Out* p = dst + (row + i * 8) * stride_row + col;
-      if (row + i * 8 < num_rows) {
-        if (is_aligned) {
-          if (col < num_cols) *reinterpret_cast<uint2*>(p) = packed;
-        } else {
-          const float2 lo = unpack<Out>(packed.x), hi = unpack<Out>(packed.y);
-          const float value[4] = {lo.x, lo.y, hi.x, hi.y};
+      if constexpr (kIsAligned) {
+        if (row + i * 8 < num_rows && col < num_cols) *reinterpret_cast<uint2*>(p) = packed;
+      } else {
+        const float2 lo = unpack<Out>(packed.x), hi = unpack<Out>(packed.y);
+        const float value[4] = {lo.x, lo.y, hi.x, hi.y};
 #pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            if (col + j < num_cols) p[j] = static_cast<Out>(value[j]);
-          }
+        for (int j = 0; j < 4; ++j) {
+          if (row + i * 8 < num_rows && col + j < num_cols) p[j] = static_cast<Out>(value[j]);
         }
       }
     }
@@ -294,6 +299,9 @@ __device__ __forceinline__ void apply_causal(FragC (&acc)[BLOCK_T / 8], const Fr
   }
 }
 
+/// Index of the element after `idx` in a ring.
+__device__ __forceinline__ int next_in_ring(int idx, int size) { return idx + 1 == size ? 0 : idx + 1; }
+
 /// Zeros o where no sequence is, for the head and 16 columns of this warp.
 template <typename T>
 __device__ __forceinline__ void clear_rows(const FwdKernelParams& params, const FwdWork& work, int64_t col0,
@@ -319,7 +327,7 @@ __device__ __forceinline__ void clear_uncovered(const FwdKernelParams& params, c
   if (work.seq == shape.num_seqs - 1) clear_rows<T>(params, work, col0, warp_max(high), shape.seqlen);
 }
 
-template <typename T, int HEAD_DIM, bool kIsSummary>
+template <typename T, int HEAD_DIM, bool kIsSummary, bool kIsAligned>
 __device__ __forceinline__ void state_subroutine(const FwdKernelParams& params, const FwdWork& work, uint32_t smem,
                                                  const char* smem_ptr, int warp_idx) {
   constexpr FwdTile kTile{sizeof(T), HEAD_DIM};
@@ -377,10 +385,11 @@ __device__ __forceinline__ void state_subroutine(const FwdKernelParams& params, 
   const int64_t saved_offset = saved_slot * saved_stride + work.head * shape.head_dim * shape.value_dim + col0;
 
   int remaining = static_cast<int>(work.end - work.begin);
-  ValueFragment<T, BLOCK_T> v;
+  ValueFragment<T, BLOCK_T, kIsAligned> v;
   const int v_cols = is_transition ? 0 : num_cols;
-  v.load(gmem_v, op.v_stride.token, is_transition ? 0 : remaining, v_cols, params.is_aligned);
+  v.load(gmem_v, op.v_stride.token, is_transition ? 0 : remaining, v_cols);
 
+  const uint32_t smem_stages = smem + params.num_scratches * kTile.scratch_size();
   int stage_idx = 0;
   for (int chunk_idx = 0; remaining > 0; ++chunk_idx, remaining -= BLOCK_T) {
     if constexpr (!kIsSummary) {
@@ -388,17 +397,17 @@ __device__ __forceinline__ void state_subroutine(const FwdKernelParams& params, 
         using Saved = std::conditional_t<std::is_same_v<T, __nv_bfloat16>, __nv_bfloat16, float>;
         Saved* saved =
             static_cast<Saved*>(op.saved_states) + saved_offset + chunk_idx / (kStateInterval / BLOCK_T) * saved_stride;
-        store_rows<T, Saved>(saved, shape.value_dim, num_rows, num_cols, params.is_aligned, s);
+        store_rows<T, Saved, kIsAligned>(saved, shape.value_dim, num_rows, num_cols, s);
       }
     }
 
     // Stage
-    const uint32_t stage = smem + kTile.scratch_size() + stage_idx * kTile.stage_size();
+    const uint32_t stage = smem_stages + stage_idx * kTile.stage_size();
     const uint32_t tile_k = stage, tile_q = tile_k + kTile.key_tile_size(), tile_a = tile_q + kTile.key_tile_size();
     const uint32_t tile_y = tile_a + kTile.causal_tile_size();
     const Coefficients& coef =
         *reinterpret_cast<const Coefficients*>(smem_ptr + (tile_y + kTile.causal_tile_size() - smem));
-    named_barrier_sync(kFwdFull + stage_idx, kFwdThreads);
+    named_barrier_sync(kFwdFull + stage_idx, kFwdStageThreads);
 
     // S^T K^T and S^T Q^T
     FragC r[BLOCK_T / 8] = {}, o[BLOCK_T / 8] = {};
@@ -441,7 +450,7 @@ __device__ __forceinline__ void state_subroutine(const FwdKernelParams& params, 
       for (int j = 0; j < 4; ++j) r[i].r[j] = fmaf(-(j % 2 ? k_in.y : k_in.x), r[i].r[j], value.r[j]);
     }
     gmem_v += BLOCK_T * op.v_stride.token;
-    v.load(gmem_v, op.v_stride.token, is_transition ? 0 : remaining - BLOCK_T, v_cols, params.is_aligned);
+    v.load(gmem_v, op.v_stride.token, is_transition ? 0 : remaining - BLOCK_T, v_cols);
     FragA<T> x[NUM_BLOCKS];
 #pragma unroll
     for (int j = 0; j < NUM_BLOCKS; ++j) x[j] = scaled_operand(r, coef.beta, j);
@@ -481,10 +490,10 @@ __device__ __forceinline__ void state_subroutine(const FwdKernelParams& params, 
         mma(s[2 * k + 1], x[j], b[1]);
       }
     }
-    if (remaining > params.num_stages * BLOCK_T) named_barrier_arrive(kFwdEmpty + stage_idx, kFwdThreads);
-    stage_idx = stage_idx + 1 == params.num_stages ? 0 : stage_idx + 1;
+    if (remaining > params.num_stages * BLOCK_T) named_barrier_arrive(kFwdEmpty + stage_idx, kFwdStageThreads);
+    stage_idx = next_in_ring(stage_idx, params.num_stages);
     if constexpr (!kIsSummary) {
-      store_rows<T, T>(gmem_o, o_stride, remaining, num_cols, params.is_aligned, o);
+      store_rows<T, T, kIsAligned>(gmem_o, o_stride, remaining, num_cols, o);
       gmem_o += BLOCK_T * o_stride;
     }
   }
@@ -502,15 +511,46 @@ __device__ __forceinline__ void state_subroutine(const FwdKernelParams& params, 
   }
 }
 
-template <typename T, int HEAD_DIM, bool kIsSummary>
-__device__ __forceinline__ void prepare_subroutine(const FwdKernelParams& params, const FwdWork& work, uint32_t smem,
-                                                   char* smem_ptr, int warp_idx) {
+/// Where a chunk's data lie.
+template <typename T, int HEAD_DIM, int BLOCK_T>
+__device__ __forceinline__ ChunkTiles<BLOCK_T> chunk_tiles(const FwdKernelParams& params, uint32_t smem, char* smem_ptr,
+                                                           int stage_idx, int scratch_idx) {
   constexpr FwdTile kTile{sizeof(T), HEAD_DIM};
-  constexpr int BLOCK_T = kTile.block_t();
-  constexpr int kNumPrepareThreads = 32 * kFwdPrepareWarps;
   static_assert(sizeof(ChunkCoefficients<BLOCK_T>) == kTile.coefficients_size());
   static_assert(CausalTile<T, BLOCK_T>::SIZE == kTile.causal_tile_size());
-  static_assert(2 * BLOCK_T <= kNumPrepareThreads, "one gate or beta a thread");
+  ChunkTiles<BLOCK_T> tiles;
+  tiles.scratch = smem + scratch_idx * kTile.scratch_size();
+  tiles.k = smem + params.num_scratches * kTile.scratch_size() + stage_idx * kTile.stage_size();
+  tiles.q = tiles.k + kTile.key_tile_size();
+  tiles.a = tiles.q + kTile.key_tile_size();
+  tiles.y = tiles.a + kTile.causal_tile_size();
+  tiles.coef = reinterpret_cast<ChunkCoefficients<BLOCK_T>*>(smem_ptr + (tiles.y + kTile.causal_tile_size() - smem));
+  return tiles;
+}
+
+template <typename T, int HEAD_DIM, bool kHasQ>
+__device__ __forceinline__ void pair_subroutine(const FwdKernelParams& params, const FwdWork& work, uint32_t smem,
+                                                char* smem_ptr, int warp_idx) {
+  constexpr int BLOCK_T = FwdTile{sizeof(T), HEAD_DIM}.block_t();
+  int stage_idx = 0, scratch_idx = 0, parity = 0;
+  for (int remaining = static_cast<int>(work.end - work.begin); remaining > 0; remaining -= BLOCK_T) {
+    named_barrier_sync(kFwdLoaded + parity, kFwdScratchThreads);
+    prepare_pairs<T, HEAD_DIM, BLOCK_T, kFwdPairWarps, kHasQ>(
+        chunk_tiles<T, HEAD_DIM, BLOCK_T>(params, smem, smem_ptr, stage_idx, scratch_idx),
+        static_cast<float>(params.op.scale), params.op.use_qk_l2norm, warp_idx);
+    named_barrier_arrive(kFwdPaired + parity, kFwdScratchThreads);
+    parity ^= 1;
+    stage_idx = next_in_ring(stage_idx, params.num_stages);
+    scratch_idx = next_in_ring(scratch_idx, params.num_scratches);
+  }
+}
+
+template <typename T, int HEAD_DIM, bool kHasQ, bool kIsAligned>
+__device__ __forceinline__ void inverse_subroutine(const FwdKernelParams& params, const FwdWork& work, uint32_t smem,
+                                                   char* smem_ptr, int warp_idx) {
+  constexpr int BLOCK_T = FwdTile{sizeof(T), HEAD_DIM}.block_t();
+  constexpr int kNumRoleThreads = 32 * kFwdInverseWarps;
+  static_assert(BLOCK_T <= kNumRoleThreads, "one gate a thread");
   const GatedDeltaRuleFwdParams& op = params.op;
   const GatedDeltaRuleShape& shape = op.shape;
   const int thread_idx = warp_idx * 32 + threadIdx.x % 32;
@@ -523,65 +563,77 @@ __device__ __forceinline__ void prepare_subroutine(const FwdKernelParams& params
   const int64_t gate_offset = (work.batch * shape.seqlen + token0) * shape.num_value_heads + work.head;
   const int num_tokens = static_cast<int>(work.end - work.begin);
   const int num_chunks = (num_tokens + BLOCK_T - 1) / BLOCK_T;
-
-  const auto tiles_of = [&](int stage_idx) {
-    ChunkTiles<BLOCK_T> tiles;
-    tiles.scratch = smem;
-    tiles.k = smem + kTile.scratch_size() + stage_idx * kTile.stage_size();
-    tiles.q = tiles.k + kTile.key_tile_size();
-    tiles.a = tiles.q + kTile.key_tile_size();
-    tiles.y = tiles.a + kTile.causal_tile_size();
-    tiles.coef = reinterpret_cast<ChunkCoefficients<BLOCK_T>*>(smem_ptr + (tiles.y + kTile.causal_tile_size() - smem));
-    return tiles;
+  const auto tiles_of = [&](int stage_idx, int scratch_idx) {
+    return chunk_tiles<T, HEAD_DIM, BLOCK_T>(params, smem, smem_ptr, stage_idx, scratch_idx);
   };
+
   const auto copy_chunk = [&](int chunk_idx, int stage_idx) {
     if (chunk_idx < num_chunks) {
-      const ChunkTiles<BLOCK_T> tiles = tiles_of(stage_idx);
+      const ChunkTiles<BLOCK_T> tiles = tiles_of(stage_idx, 0);
       const int64_t first = static_cast<int64_t>(chunk_idx) * BLOCK_T;
       const int valid = min(num_tokens - chunk_idx * BLOCK_T, BLOCK_T);
       const int cols = static_cast<int>(shape.head_dim);
-      copy_tile_async<T, BLOCK_T, HEAD_DIM, kNumPrepareThreads>(
-          tiles.k, gmem_k + first * op.k_stride.token, op.k_stride.token, valid, cols, params.is_aligned, thread_idx);
-      if constexpr (!kIsSummary) {
-        copy_tile_async<T, BLOCK_T, HEAD_DIM, kNumPrepareThreads>(
-            tiles.q, gmem_q + first * op.q_stride.token, op.q_stride.token, valid, cols, params.is_aligned, thread_idx);
+      copy_tile_async<T, BLOCK_T, HEAD_DIM, kNumRoleThreads>(tiles.k, gmem_k + first * op.k_stride.token,
+                                                             op.k_stride.token, valid, cols, kIsAligned, thread_idx);
+      if constexpr (kHasQ) {
+        copy_tile_async<T, BLOCK_T, HEAD_DIM, kNumRoleThreads>(tiles.q, gmem_q + first * op.q_stride.token,
+                                                               op.q_stride.token, valid, cols, kIsAligned, thread_idx);
       }
-      if (thread_idx < 2 * BLOCK_T) {
-        const int token = thread_idx % BLOCK_T;
-        const bool is_beta = thread_idx >= BLOCK_T;
-        const float* src = static_cast<const float*>(is_beta || op.g == nullptr ? op.beta : op.g);
-        const bool is_valid = token < valid && (is_beta || op.g != nullptr);
-        cp_async_4(smem_address(is_beta ? &tiles.coef->beta[token] : &tiles.coef->g[token]),
-                   is_valid ? src + gate_offset + (first + token) * shape.num_value_heads : src, is_valid);
+      const float* gmem_g = static_cast<const float*>(op.g);
+      const float* gmem_beta = static_cast<const float*>(op.beta);
+      if (thread_idx < BLOCK_T) {
+        const int64_t offset = gate_offset + (first + thread_idx) * shape.num_value_heads;
+        const bool is_valid = thread_idx < valid;
+        const bool has_g = is_valid && gmem_g != nullptr;
+        cp_async_4(smem_address(&tiles.coef->beta[thread_idx]), is_valid ? gmem_beta + offset : gmem_beta, is_valid);
+        cp_async_4(smem_address(&tiles.coef->g[thread_idx]), has_g ? gmem_g + offset : gmem_beta, has_g);
       }
     }
     cp_async_commit();
   };
-
-  // With one stage a chunk is copied when the state warps are done with the one before, else one round earlier.
-  const int num_ahead = max(params.num_stages - 1, 1);
-  for (int i = 0; i < num_ahead; ++i) copy_chunk(i, i);
-  int stage_idx = 0;
-  for (int chunk_idx = 0; chunk_idx < num_chunks; ++chunk_idx) {
-    if (num_ahead == kFwdMaxStages - 1) {
-      cp_async_wait<kFwdMaxStages - 2>();
+  const bool is_deep = is_deep_pipeline(params.num_stages, params.num_scratches);
+  const bool may_leave_pending = params.num_stages == kFwdMaxStages;
+  // Coefficients of a chunk; its copy is the newest but one with kFwdMaxStages stages, else the newest.
+  const auto load_chunk = [&](int chunk_idx, int stage_idx) {
+    if (chunk_idx >= num_chunks) return;
+    if (may_leave_pending) {
+      cp_async_wait<1>();
     } else {
       cp_async_wait<0>();
     }
-    named_barrier_sync(kFwdPrepare, kNumPrepareThreads);
-    prepare_chunk<T, HEAD_DIM, BLOCK_T, kFwdPrepareWarps, !kIsSummary>(
-        tiles_of(stage_idx), static_cast<float>(op.scale), op.use_qk_l2norm, warp_idx, kFwdPrepare);
-    named_barrier_arrive(kFwdFull + stage_idx, kFwdThreads);
+    named_barrier_sync(kFwdInverse, kNumRoleThreads);
+    prepare_coefficients<T, HEAD_DIM, BLOCK_T, kFwdInverseWarps, kHasQ>(
+        tiles_of(stage_idx, 0), static_cast<float>(op.scale), op.use_qk_l2norm, warp_idx, kFwdInverse);
+    named_barrier_arrive(kFwdLoaded + chunk_idx % 2, kFwdScratchThreads);
+  };
 
-    const int next = chunk_idx + num_ahead;
-    const int next_stage = next % params.num_stages;
-    if (next < num_chunks && next >= params.num_stages) named_barrier_sync(kFwdEmpty + next_stage, kFwdThreads);
-    copy_chunk(next, next_stage);
-    stage_idx = stage_idx + 1 == params.num_stages ? 0 : stage_idx + 1;
+  // Copies run num_ahead chunks ahead of the inverse, one less than there are stages (but one at least): the stage of
+  // the chunk that the state warps are at is not waited for.
+  const int num_ahead = max(params.num_stages - 1, 1);
+  for (int i = 0; i < num_ahead; ++i) copy_chunk(i, i);
+  load_chunk(0, 0);
+  int stage_idx = 0, scratch_idx = 0;
+  int copy_stage = params.num_stages == 1 ? 0 : num_ahead;
+  for (int chunk_idx = 0; chunk_idx < num_chunks; ++chunk_idx) {
+    const int next_stage = next_in_ring(stage_idx, params.num_stages);
+    if (is_deep) load_chunk(chunk_idx + 1, next_stage);
+    named_barrier_sync(kFwdPaired + chunk_idx % 2, kFwdScratchThreads);
+    prepare_inverse<T, BLOCK_T, kFwdInverseWarps>(tiles_of(stage_idx, scratch_idx), warp_idx, kFwdInverse);
+    named_barrier_arrive(kFwdFull + stage_idx, kFwdStageThreads);
+
+    const int copied = chunk_idx + num_ahead;
+    if (copied < num_chunks && copied >= params.num_stages) {
+      named_barrier_sync(kFwdEmpty + copy_stage, kFwdStageThreads);
+    }
+    copy_chunk(copied, copy_stage);
+    copy_stage = next_in_ring(copy_stage, params.num_stages);
+    if (!is_deep) load_chunk(chunk_idx + 1, next_stage);
+    stage_idx = next_stage;
+    scratch_idx = next_in_ring(scratch_idx, params.num_scratches);
   }
 }
 
-template <typename T, int HEAD_DIM, bool kIsSummary>
+template <typename T, int HEAD_DIM, bool kIsSummary, bool kIsAligned>
 __global__ void __launch_bounds__(kFwdThreads, 1)
     gated_delta_rule_fwd_kernel(const __grid_constant__ FwdKernelParams params) {
   extern __shared__ __align__(1024) char smem_ptr[];
@@ -597,9 +649,12 @@ __global__ void __launch_bounds__(kFwdThreads, 1)
     if (work.span > 0 && work.begin == work.end) return;
   }
   if (warp_idx < kFwdStateWarps) {
-    state_subroutine<T, HEAD_DIM, kIsSummary>(params, work, smem, smem_ptr, warp_idx);
+    state_subroutine<T, HEAD_DIM, kIsSummary, kIsAligned>(params, work, smem, smem_ptr, warp_idx);
+  } else if (warp_idx < kFwdStateWarps + kFwdPairWarps) {
+    pair_subroutine<T, HEAD_DIM, !kIsSummary>(params, work, smem, smem_ptr, warp_idx - kFwdStateWarps);
   } else {
-    prepare_subroutine<T, HEAD_DIM, kIsSummary>(params, work, smem, smem_ptr, warp_idx - kFwdStateWarps);
+    inverse_subroutine<T, HEAD_DIM, !kIsSummary, kIsAligned>(params, work, smem, smem_ptr,
+                                                             warp_idx - kFwdStateWarps - kFwdPairWarps);
   }
 }
 

@@ -11,9 +11,10 @@ namespace remora {
 struct FwdConfig;
 struct FwdKernelParams;
 
-/// The summary pass (is_summary) or the output pass.
+/// The summary pass (is_summary) or the output pass. is_aligned: q, k, v, o, saved states, K and V allow 16-byte
+/// pieces.
 template <typename T, int HEAD_DIM>
-cudaError_t launch_fwd_pass(const FwdKernelParams& params, const FwdConfig& config, bool is_summary,
+cudaError_t launch_fwd_pass(const FwdKernelParams& params, const FwdConfig& config, bool is_summary, bool is_aligned,
                             cudaStream_t stream);
 
 }  // namespace remora

@@ -10,9 +10,10 @@
 namespace remora {
 
 struct FwdConfig {
-  int head_dim = 0;    // of the instantiation; 0: none serves this shape
-  int num_stages = 0;  // chunks in flight in shared memory
-  int num_spans = 1;   // parts a sequence is cut into
+  int head_dim = 0;       // of the instantiation; 0: none serves this shape
+  int num_stages = 0;     // chunks in flight in shared memory
+  int num_scratches = 0;  // of them, whose L may be live
+  int num_spans = 1;      // parts a sequence is cut into
   int64_t num_v_tiles = 0;
   int64_t num_transition_tiles = 0;  // column tiles of the spans' transition matrices
   int64_t num_summary_ctas = 0;      // 0 unless num_spans > 1
@@ -21,8 +22,8 @@ struct FwdConfig {
 
   std::string to_string() const {
     return "FwdConfig(head_dim=" + std::to_string(head_dim) + ", num_stages=" + std::to_string(num_stages) +
-           ", num_spans=" + std::to_string(num_spans) + ", num_v_tiles=" + std::to_string(num_v_tiles) +
-           ", num_summary_ctas=" + std::to_string(num_summary_ctas) +
+           ", num_scratches=" + std::to_string(num_scratches) + ", num_spans=" + std::to_string(num_spans) +
+           ", num_v_tiles=" + std::to_string(num_v_tiles) + ", num_summary_ctas=" + std::to_string(num_summary_ctas) +
            ", num_output_ctas=" + std::to_string(num_output_ctas) + ", smem_size=" + std::to_string(smem_size) + ")";
   }
 };
@@ -78,9 +79,13 @@ inline FwdConfig plan_fwd(const GatedDeltaRuleShape& shape, DType dtype, int num
   if (dtype == DType::kFloat64 || shape.head_dim > 256) return config;
   config.head_dim = shape.head_dim <= 64 ? 64 : shape.head_dim <= 128 ? 128 : 256;
   const FwdTile tile{static_cast<int>(size_of(dtype)), config.head_dim};
-  config.num_stages = kFwdMaxStages;
-  while (config.num_stages > 1 && tile.smem_size(config.num_stages) > max_smem_size(arch)) --config.num_stages;
-  config.smem_size = tile.smem_size(config.num_stages);
+  constexpr int kRings[][2] = {{4, 2}, {3, 2}, {2, 1}, {1, 1}};
+  for (const auto& [num_stages, num_scratches] : kRings) {
+    config.num_stages = num_stages;
+    config.num_scratches = num_scratches;
+    config.smem_size = tile.smem_size(num_stages, num_scratches);
+    if (config.smem_size <= max_smem_size(arch)) break;
+  }
 
   config.num_v_tiles = (shape.value_dim + kFwdBlockV - 1) / kFwdBlockV;
   config.num_transition_tiles = (shape.head_dim + kFwdBlockV - 1) / kFwdBlockV;

@@ -22,15 +22,15 @@ bool is_aligned_16(const void* p, const TokenStrides& stride, int64_t element_si
 }
 
 template <typename T>
-cudaError_t launch_fwd_pass_of(const FwdKernelParams& params, const FwdConfig& config, bool is_summary,
+cudaError_t launch_fwd_pass_of(const FwdKernelParams& params, const FwdConfig& config, bool is_summary, bool is_aligned,
                                cudaStream_t stream) {
   switch (config.head_dim) {
     case 64:
-      return launch_fwd_pass<T, 64>(params, config, is_summary, stream);
+      return launch_fwd_pass<T, 64>(params, config, is_summary, is_aligned, stream);
     case 128:
-      return launch_fwd_pass<T, 128>(params, config, is_summary, stream);
+      return launch_fwd_pass<T, 128>(params, config, is_summary, is_aligned, stream);
     default:
-      return launch_fwd_pass<T, 256>(params, config, is_summary, stream);
+      return launch_fwd_pass<T, 256>(params, config, is_summary, is_aligned, stream);
   }
 }
 
@@ -62,21 +62,22 @@ Error gated_delta_rule_fwd(const GatedDeltaRuleFwdParams& params, const Launch& 
       .num_transition_tiles = config.num_transition_tiles,
       .num_spans = config.num_spans,
       .num_stages = config.num_stages,
-      .is_aligned = is_aligned_16(params.q, params.q_stride, element_size) &&
-                    is_aligned_16(params.k, params.k_stride, element_size) &&
-                    is_aligned_16(params.v, params.v_stride, element_size) && is_aligned_16(params.o) &&
-                    is_aligned_16(params.saved_states) && shape.head_dim * element_size % 16 == 0 &&
-                    shape.value_dim * element_size % 16 == 0,
+      .num_scratches = config.num_scratches,
       .span_maps = static_cast<float*>(params.workspace),
   };
+  const bool is_aligned = is_aligned_16(params.q, params.q_stride, element_size) &&
+                          is_aligned_16(params.k, params.k_stride, element_size) &&
+                          is_aligned_16(params.v, params.v_stride, element_size) && is_aligned_16(params.o) &&
+                          is_aligned_16(params.saved_states) && shape.head_dim * element_size % 16 == 0 &&
+                          shape.value_dim * element_size % 16 == 0;
   const auto launch_pass = [&](bool is_summary) {
     switch (params.dtype) {
       case DType::kBFloat16:
-        return launch_fwd_pass_of<__nv_bfloat16>(kernel_params, config, is_summary, stream);
+        return launch_fwd_pass_of<__nv_bfloat16>(kernel_params, config, is_summary, is_aligned, stream);
       case DType::kFloat16:
-        return launch_fwd_pass_of<__half>(kernel_params, config, is_summary, stream);
+        return launch_fwd_pass_of<__half>(kernel_params, config, is_summary, is_aligned, stream);
       default:
-        return launch_fwd_pass_of<float>(kernel_params, config, is_summary, stream);
+        return launch_fwd_pass_of<float>(kernel_params, config, is_summary, is_aligned, stream);
     }
   };
   if (config.num_spans > 1) {

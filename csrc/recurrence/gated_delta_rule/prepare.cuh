@@ -16,8 +16,6 @@
 // Causal to the bit: an entry above the diagonal is selected to zero, and what multiplies such zeros is kept finite
 // (`bounded`), so a later token's NaN or overflow never reaches an earlier token's row.
 #pragma once
-#include <type_traits>
-
 #include "common/barrier.cuh"
 #include "common/mma.cuh"
 #include "common/reduce.cuh"
@@ -112,7 +110,7 @@ __device__ __forceinline__ void compute_cumsum(ChunkCoefficients<BLOCK_T>& coef)
 
 /// Row of blocks kRow of A (written) and of L (to scratch).
 template <typename T, int HEAD_DIM, int BLOCK_T, bool kHasQ, int kRow>
-__device__ __forceinline__ void compute_pair_row(const ChunkTiles<BLOCK_T>& tiles, float scale) {
+__device__ __forceinline__ void compute_pair_row(const ChunkTiles<BLOCK_T>& tiles, float scale, bool use_qk_l2norm) {
   using Tile = SmemTile<T, HEAD_DIM>;
   using Causal = CausalTile<T, BLOCK_T>;
   FragC kk[kRow + 1][2] = {}, qk[kRow + 1][2] = {};
@@ -145,7 +143,7 @@ __device__ __forceinline__ void compute_pair_row(const ChunkTiles<BLOCK_T>& tile
     const int token = kRow * 16 + i * 8 + row;
     row_cumsum[i] = coef.cumsum[token];
     row_rk[i] = coef.rstd_k[token];
-    row_rq[i] = coef.rstd_q[token] * scale;
+    row_rq[i] = coef.rstd_q[token];
   }
 #pragma unroll
   for (int j = 0; j <= kRow; ++j) {
@@ -160,12 +158,13 @@ __device__ __forceinline__ void compute_pair_row(const ChunkTiles<BLOCK_T>& tile
         const float rk_j = i % 2 ? col_rk.y : col_rk.x;
         const int distance = kRow * 16 + i / 2 * 8 + row - (token + i % 2);
         float& l = kk[j][half].r[i];
-        l = bounded(l * (row_rk[i / 2] * rk_j));
+        if (use_qk_l2norm) l *= row_rk[i / 2] * rk_j;
         if (j == kRow) l = distance > 0 ? l : 0.f;
         if constexpr (kHasQ) {
           float& a = qk[j][half].r[i];
           const float exponent = row_cumsum[i / 2] - cumsum_j;
-          a *= row_rq[i / 2] * rk_j * exp2_approx(j == kRow && distance < 0 ? 0.f : exponent);
+          a *= scale * exp2_approx(j == kRow && distance < 0 ? 0.f : exponent);
+          if (use_qk_l2norm) a *= row_rq[i / 2] * rk_j;
           if (j == kRow) a = distance >= 0 ? a : 0.f;
         }
       }
@@ -175,13 +174,14 @@ __device__ __forceinline__ void compute_pair_row(const ChunkTiles<BLOCK_T>& tile
   }
 }
 
-/// Diagonal block `j` of Y0 over L in scratch, and of -Y.
+/// Diagonal blocks `first` and `first` + 1 of Y0 over L in scratch, and of -Y: a half warp each.
 template <typename T, int BLOCK_T>
-__device__ __forceinline__ void solve_diagonal(const ChunkTiles<BLOCK_T>& tiles, int j) {
+__device__ __forceinline__ void solve_diagonals(const ChunkTiles<BLOCK_T>& tiles, int first) {
   const ChunkCoefficients<BLOCK_T>& coef = *tiles.coef;
-  const uint32_t block = tiles.scratch + CausalTile<float, BLOCK_T>::block(0, 0) + (j * (j + 1) / 2 + j) * 1024;
   const int lane_idx = threadIdx.x % 32;
-  const int col = lane_idx % 16;
+  const int j = first + lane_idx / 16, col = lane_idx % 16;
+  const int block_idx = j * (j + 1) / 2 + j;
+  const uint32_t block = tiles.scratch + block_idx * SmemBlock<float>::SIZE;
   float y[16], beta_y[16];
 #pragma unroll
   for (int i = 0; i < 16; ++i) {
@@ -198,15 +198,13 @@ __device__ __forceinline__ void solve_diagonal(const ChunkTiles<BLOCK_T>& tiles,
     beta_y[i] = i > col ? sum * coef.beta[j * 16 + i] : 0.f;
   }
   __syncwarp();
-  const uint32_t out = tiles.y + (j * (j + 1) / 2 + j) * SmemBlock<T>::SIZE;
+  const uint32_t out = tiles.y + block_idx * SmemBlock<T>::SIZE;
   const float col_cumsum = coef.cumsum[j * 16 + col];
-  if (lane_idx < 16) {
 #pragma unroll
-    for (int i = 0; i < 16; ++i) {
-      store_shared(block + SmemBlock<float>::offset(i, col), y[i]);
-      const float decay = exp2_approx(i > col ? coef.cumsum[j * 16 + i] - col_cumsum : 0.f);
-      store_shared(out + SmemBlock<T>::offset(i, col), static_cast<T>(i > col ? -y[i] * decay : 0.f));
-    }
+  for (int i = 0; i < 16; ++i) {
+    store_shared(block + SmemBlock<float>::offset(i, col), y[i]);
+    const float decay = exp2_approx(i > col ? coef.cumsum[j * 16 + i] - col_cumsum : 0.f);
+    store_shared(out + SmemBlock<T>::offset(i, col), static_cast<T>(i > col ? -y[i] * decay : 0.f));
   }
 }
 
@@ -267,13 +265,72 @@ __device__ __forceinline__ void solve_column(const ChunkTiles<BLOCK_T>& tiles) {
   }
 }
 
-/// Calls body(integral constant i) for the kCount items dealt round-robin, last first, to the warps of the role.
-template <int kCount, int kNumWarps, typename Body, int kItem = kCount - 1>
-__device__ __forceinline__ void for_own_items(int warp_idx, const Body& body) {
-  if constexpr (kItem >= 0) {
-    if ((kCount - 1 - kItem) % kNumWarps == warp_idx) body(std::integral_constant<int, kItem>{});
-    for_own_items<kCount, kNumWarps, Body, kItem - 1>(warp_idx, body);
+/// Warp that computes row of blocks `row`: dealt back and forth, longest first.
+constexpr int pair_row_owner(int row, int num_blocks, int num_warps) {
+  const int turn = (num_blocks - 1 - row) % (2 * num_warps);
+  return turn < num_warps ? turn : 2 * num_warps - 1 - turn;
+}
+
+/// Warp that solves column of blocks `col`: the first column is as much work as all the others.
+constexpr int column_owner(int col, int num_warps) { return col < num_warps ? num_warps - 1 - col : 0; }
+
+/// Norms, gates and the coefficients but for beta. Ends visible to its own thread only; K, Q, g and beta must be
+/// visible.
+template <typename T, int HEAD_DIM, int BLOCK_T, int kNumWarps, bool kHasQ>
+__device__ __forceinline__ void prepare_coefficients(const ChunkTiles<BLOCK_T>& tiles, float scale, bool use_qk_l2norm,
+                                                     int warp_idx, int barrier_id) {
+  ChunkCoefficients<BLOCK_T>& coef = *tiles.coef;
+  const int thread_idx = warp_idx * 32 + threadIdx.x % 32;
+  if (use_qk_l2norm) {
+#pragma unroll 1
+    for (int i = warp_idx; i < BLOCK_T / 16; i += kNumWarps) {
+      compute_rstd<T, HEAD_DIM>(tiles.k, i * 16, coef.rstd_k);
+      if constexpr (kHasQ) compute_rstd<T, HEAD_DIM>(tiles.q, i * 16, coef.rstd_q);
+    }
+  } else {
+#pragma unroll
+    for (int i = thread_idx; i < BLOCK_T; i += kNumWarps * 32) coef.rstd_k[i] = coef.rstd_q[i] = 1.f;
   }
+  if (warp_idx == kNumWarps - 1) compute_cumsum(coef);
+  role_barrier<kNumWarps>(barrier_id);
+  const float last_cumsum = coef.cumsum[BLOCK_T - 1];
+#pragma unroll
+  for (int i = thread_idx; i < BLOCK_T; i += kNumWarps * 32) {
+    const float cumsum = coef.cumsum[i];
+    const float decay = exp2_approx(cumsum);
+    coef.k_in[i] = coef.rstd_k[i] * decay;
+    coef.k_out[i] = coef.rstd_k[i] * exp2_approx(last_cumsum - cumsum);
+    if constexpr (kHasQ) coef.q_in[i] = scale * coef.rstd_q[i] * decay;
+  }
+}
+
+/// A and L, after prepare_coefficients.
+template <typename T, int HEAD_DIM, int BLOCK_T, int kNumWarps, bool kHasQ, int kRow = BLOCK_T / 16 - 1>
+__device__ __forceinline__ void prepare_pairs(const ChunkTiles<BLOCK_T>& tiles, float scale, bool use_qk_l2norm,
+                                              int warp_idx) {
+  if (warp_idx == pair_row_owner(kRow, BLOCK_T / 16, kNumWarps)) {
+    compute_pair_row<T, HEAD_DIM, BLOCK_T, kHasQ, kRow>(tiles, scale, use_qk_l2norm);
+  }
+  if constexpr (kRow > 0) {
+    prepare_pairs<T, HEAD_DIM, BLOCK_T, kNumWarps, kHasQ, kRow - 1>(tiles, scale, use_qk_l2norm, warp_idx);
+  }
+}
+
+template <typename T, int BLOCK_T, int kNumWarps, int kCol = 0>
+__device__ __forceinline__ void solve_columns(const ChunkTiles<BLOCK_T>& tiles, int warp_idx) {
+  if constexpr (kCol + 1 < BLOCK_T / 16) {
+    if (warp_idx == column_owner(kCol, kNumWarps)) solve_column<T, BLOCK_T, kCol>(tiles);
+    solve_columns<T, BLOCK_T, kNumWarps, kCol + 1>(tiles, warp_idx);
+  }
+}
+
+/// -Y, stored as TY, from L.
+template <typename TY, int BLOCK_T, int kNumWarps>
+__device__ __forceinline__ void prepare_inverse(const ChunkTiles<BLOCK_T>& tiles, int warp_idx, int barrier_id) {
+#pragma unroll 1
+  for (int j = 2 * warp_idx; j < BLOCK_T / 16; j += 2 * kNumWarps) solve_diagonals<TY, BLOCK_T>(tiles, j);
+  role_barrier<kNumWarps>(barrier_id);
+  solve_columns<TY, BLOCK_T, kNumWarps>(tiles, warp_idx);
 }
 
 /// Everything above for one chunk, by kNumWarps warps that share barrier `barrier_id`. K, Q, g and beta must be visible
@@ -282,42 +339,10 @@ __device__ __forceinline__ void for_own_items(int warp_idx, const Body& body) {
 template <typename T, int HEAD_DIM, int BLOCK_T, int kNumWarps, bool kHasQ = true, typename TY = T>
 __device__ __forceinline__ void prepare_chunk(const ChunkTiles<BLOCK_T>& tiles, float scale, bool use_qk_l2norm,
                                               int warp_idx, int barrier_id) {
-  constexpr int NUM_BLOCKS = BLOCK_T / 16;
-  ChunkCoefficients<BLOCK_T>& coef = *tiles.coef;
-  const int thread_idx = warp_idx * 32 + threadIdx.x % 32;
-
-  // Norms and gates
-  if (use_qk_l2norm) {
-#pragma unroll 1
-    for (int i = warp_idx; i < NUM_BLOCKS; i += kNumWarps) {
-      compute_rstd<T, HEAD_DIM>(tiles.k, i * 16, coef.rstd_k);
-      if constexpr (kHasQ) compute_rstd<T, HEAD_DIM>(tiles.q, i * 16, coef.rstd_q);
-    }
-  } else {
-    for (int i = thread_idx; i < BLOCK_T; i += kNumWarps * 32) coef.rstd_k[i] = coef.rstd_q[i] = 1.f;
-  }
-  if (warp_idx == kNumWarps - 1) compute_cumsum(coef);
+  prepare_coefficients<T, HEAD_DIM, BLOCK_T, kNumWarps, kHasQ>(tiles, scale, use_qk_l2norm, warp_idx, barrier_id);
+  prepare_pairs<T, HEAD_DIM, BLOCK_T, kNumWarps, kHasQ>(tiles, scale, use_qk_l2norm, warp_idx);
   role_barrier<kNumWarps>(barrier_id);
-
-  // Coefficients and pairs
-  const float last_cumsum = coef.cumsum[BLOCK_T - 1];
-  for (int i = thread_idx; i < BLOCK_T; i += kNumWarps * 32) {
-    const float cumsum = coef.cumsum[i];
-    const float decay = exp2_approx(cumsum);
-    coef.k_in[i] = coef.rstd_k[i] * decay;
-    coef.k_out[i] = coef.rstd_k[i] * exp2_approx(last_cumsum - cumsum);
-    if constexpr (kHasQ) coef.q_in[i] = scale * coef.rstd_q[i] * decay;
-  }
-  for_own_items<NUM_BLOCKS, kNumWarps>(
-      warp_idx, [&](auto row) { compute_pair_row<T, HEAD_DIM, BLOCK_T, kHasQ, decltype(row)::value>(tiles, scale); });
-  role_barrier<kNumWarps>(barrier_id);
-
-  // Inverse
-#pragma unroll 1
-  for (int j = NUM_BLOCKS - 1 - warp_idx; j >= 0; j -= kNumWarps) solve_diagonal<TY, BLOCK_T>(tiles, j);
-  role_barrier<kNumWarps>(barrier_id);
-  for_own_items<NUM_BLOCKS, kNumWarps>(warp_idx,
-                                       [&](auto col) { solve_column<TY, BLOCK_T, decltype(col)::value>(tiles); });
+  prepare_inverse<TY, BLOCK_T, kNumWarps>(tiles, warp_idx, barrier_id);
 }
 
 }  // namespace remora

@@ -18,16 +18,25 @@ struct FwdTile {
   constexpr int causal_tile_size() const { return num_causal_blocks() * 256 * element_size; }
   constexpr int coefficients_size() const { return 8 * block_t() * 4; }
 
-  // A stage holds what one chunk needs: K, Q, A, -Y, coefficients.
+  // A stage holds what one chunk needs: K, Q, A, -Y, coefficients. L is handed from the pair to the inverse warps
+  // apart.
   constexpr int stage_size() const { return 2 * key_tile_size() + 2 * causal_tile_size() + coefficients_size(); }
   constexpr int scratch_size() const { return num_causal_blocks() * 256 * 4; }
-  constexpr int smem_size(int num_stages) const { return scratch_size() + num_stages * stage_size(); }
+  constexpr int smem_size(int num_stages, int num_scratches) const {
+    return num_scratches * scratch_size() + num_stages * stage_size();
+  }
 };
 
 constexpr int kFwdBlockV = 64;       // columns of V a CTA, 16 a state warp
 constexpr int kFwdStateWarps = 4;    // carry the state through the chunks
-constexpr int kFwdPrepareWarps = 4;  // load and prepare the next chunk
-constexpr int kFwdThreads = 32 * (kFwdStateWarps + kFwdPrepareWarps);
-constexpr int kFwdMaxStages = 3;
+constexpr int kFwdPairWarps = 2;     // A and L of a chunk
+constexpr int kFwdInverseWarps = 2;  // load a chunk, compute its coefficients; Y from L
+constexpr int kFwdThreads = 32 * (kFwdStateWarps + kFwdPairWarps + kFwdInverseWarps);
+constexpr int kFwdMaxStages = 4;
+constexpr int kFwdMaxScratches = 2;
+
+/// With at least three stages and two scratches each role works on a chunk of its own; else the preparation of a chunk
+/// is sequential and overlaps only the state warps.
+constexpr bool is_deep_pipeline(int num_stages, int num_scratches) { return num_stages >= 3 && num_scratches == 2; }
 
 }  // namespace remora

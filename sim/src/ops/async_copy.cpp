@@ -47,31 +47,27 @@ void exec_cp_async(Warp& w, const Inst& in) {
       }
     w.exec = all;
   }
+  CopyQueue::Copy copies[kWarpSize];
   for_lanes(w.exec, [&](uint32_t l) {
     const uint32_t n = ignored >> l & 1 ? 0 : size ? size[l] : bytes;
     w.cta->worker->stats.async_copy_bytes += n;
-    auto effect = [to = dst.host[l], from = reinterpret_cast<const uint8_t*>(src.addr[l]), n, bytes] {
-      if (n) std::memcpy(to, from, n);
-      if (n < bytes) std::memset(to + n, 0, bytes - n);
-    };
-    if (late)
-      w.async->cp_async[l].add(effect);
-    else
-      effect();
+    copies[l] = {dst.host[l], reinterpret_cast<const uint8_t*>(src.addr[l]), n, bytes};
+    if (!late) copies[l].perform();
   });
+  if (late) w.async->cp_async.add(w.exec, copies);
 }
 
 void exec_commit(Warp& w, const Inst&) {
   if (w.cta->shadow) w.cta->shadow->commit_group(w);
-  for_lanes(w.exec, [&](uint32_t l) { w.async->cp_async[l].commit(); });
+  w.async->cp_async.commit(w.exec);
 }
 void exec_wait_group(Warp& w, const Inst& in) {
   if (w.cta->shadow) w.cta->shadow->wait_group(w, in.imm[0]);
-  for_lanes(w.exec, [&](uint32_t l) { w.async->cp_async[l].wait(in.imm[0]); });
+  w.async->cp_async.wait(w.exec, in.imm[0]);
 }
 void exec_wait_all(Warp& w, const Inst&) {
   if (w.cta->shadow) w.cta->shadow->wait_all(w);
-  for_lanes(w.exec, [&](uint32_t l) { w.async->cp_async[l].drain(); });
+  w.async->cp_async.drain(w.exec);
 }
 
 /// An arrival on the mbarrier when this thread's copies are done. imm[0] = noinc.
@@ -86,11 +82,10 @@ void exec_mbarrier_arrive(Warp& w, const Inst& in) {
     if (!in.imm[0]) ++m.pending;  // without .noinc the arrival is balanced
     if (late) {
       m.store(a.host[l]);
-      auto effects = w.async->cp_async[l].take_all();
-      w.cta->cluster->events.add(a.host[l], {[effects = std::move(effects)] {
-                                               for (auto& e : effects) e();
-                                             },
-                                             0, 1});
+      auto perform = [copies = w.async->cp_async.take_all(l)] {
+        for (const CopyQueue::Copy& c : copies) c.perform();
+      };
+      w.cta->cluster->events.add(a.host[l], {std::move(perform), 0, 1});
       return;
     }
     if (m.pending == 0) fault(w, l, "mbarrier: more arrivals than expected");

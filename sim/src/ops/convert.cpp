@@ -383,7 +383,7 @@ void decode_cvt(Decode& d) {
   };
   const bool packs_fp8 = s.to == Type::e4m3x2 || s.to == Type::e5m2x2;
   if (packs_fp8 || s.to == Type::f16x2 || s.to == Type::bf16x2) {
-    d.add(d.any_register(d.arg(0), size_of(s.to)));
+    d.add(d.any_result(d.arg(0), size_of(s.to)));
     if (s.from == Type::f32) {
       d.expect_count(3);
       d.in(1, Type::f32);
@@ -404,7 +404,7 @@ void decode_cvt(Decode& d) {
   d.expect_count(2);
   const bool to_real = is_float(s.to), from_real = is_float(s.from);
   if (!(to_real || is_int(s.to)) || !(from_real || is_int(s.from))) d.unsupported();
-  const Operand out = d.any_register(d.arg(0), size_of(s.to)), a = d.any_source(d.arg(1), s.from);
+  const Operand out = d.any_result(d.arg(0), size_of(s.to)), a = d.any_source(d.arg(1), s.from);
   d.add(out);
   d.add(a);
   if (const Handler fast = fast_path(s, out, a)) return done(fast);

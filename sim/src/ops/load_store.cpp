@@ -187,7 +187,7 @@ unsigned value_operands(Decode& d, const ast::Operand& value, unsigned vec, Type
       ops.push_back({});
       return;
     }
-    const Operand r = load ? d.any_register(o, size_of(t)) : d.any_source(o, t);
+    const Operand r = load ? d.any_result(o, size_of(t)) : d.any_source(o, t);
     if (width && r.bytes != width) d.unsupported("registers of different sizes in a vector");
     width = r.bytes;
     ops.push_back(r);

@@ -135,6 +135,106 @@ void exec_mma_float(Warp& w, const Inst& in) {
   }
 }
 
+// ---- the common shapes: 16x8, f32 sums, 16-bit or tf32 inputs, k of one or two register blocks
+
+inline __m256 load_row(MmaType t, const uint8_t* p) {  // 8 elements
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  if (t == MmaType::f16) return _mm256_cvtph_ps(bits);
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+inline __m128 load_tf32(const uint8_t* p) {  // 4 elements
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm_castsi128_ps(_mm_and_si128(bits, _mm_set1_epi32(static_cast<int>(0xffffe000u))));
+}
+
+/// Stores the transposed 8x8 matrix; row i of the result at out + 8 * i.
+inline void store_transposed(const __m256 (&r)[8], float* out) {
+  __m256 a[8], b[8];
+  for (unsigned i = 0; i < 8; i += 2) {
+    a[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+    a[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+  }
+  for (unsigned i = 0; i < 8; i += 4)
+    for (unsigned j = 0; j < 2; ++j) {
+      b[i + 2 * j] = _mm256_shuffle_ps(a[i + j], a[i + j + 2], 0x44);
+      b[i + 2 * j + 1] = _mm256_shuffle_ps(a[i + j], a[i + j + 2], 0xee);
+    }
+  for (unsigned i = 0; i < 4; ++i) {
+    _mm256_store_ps(out + 8 * i, _mm256_permute2f128_ps(b[i], b[i + 4], 0x20));
+    _mm256_store_ps(out + 8 * (i + 4), _mm256_permute2f128_ps(b[i], b[i + 4], 0x31));
+  }
+}
+
+inline __m256 canonical8(__m256 x) {
+  const __m256 nan = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
+  return _mm256_blendv_ps(x, nan, _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+}
+
+template <MmaType T, unsigned K>
+void exec_mma_16x8(Warp& w, const Inst& in) {
+  if (w.launch->options.mma != MmaMode::fma) return exec_mma_float(w, in);
+  if (!warp_converged(w)) return;
+  constexpr unsigned kBlocks = K * mma_element_bytes(T) / 16, kWidth = K / kBlocks;
+  const Operand *od = in.op, *oa = od + 4, *ob = oa + 2 * kBlocks, *oc = ob + kBlocks;
+  alignas(32) float a[16 * K], b[K * 8];
+  for (unsigned i = 0; i < 2 * kBlocks; ++i) {
+    const uint8_t* src = w.src<uint8_t>(oa[i]);
+    float* to = a + 8 * (i % 2) * K + kWidth * (i / 2);
+    for (unsigned r = 0; r < 8; ++r) {
+      if constexpr (T == MmaType::tf32)
+        _mm_storeu_ps(to + r * K, load_tf32(src + 16 * r));
+      else
+        _mm256_storeu_ps(to + r * K, load_row(T, src + 16 * r));
+    }
+  }
+  for (unsigned i = 0; i < kBlocks; ++i) {
+    const uint8_t* src = w.src<uint8_t>(ob[i]);
+    __m256 rows[8];
+    alignas(32) float transposed[64];
+    for (unsigned r = 0; r < 8; ++r) {
+      if constexpr (T == MmaType::tf32)
+        rows[r] = _mm256_castps128_ps256(load_tf32(src + 16 * r));
+      else
+        rows[r] = load_row(T, src + 16 * r);
+    }
+    store_transposed(rows, transposed);
+    std::memcpy(b + i * kWidth * 8, transposed, kWidth * 8 * sizeof(float));
+  }
+  for (unsigned half = 0; half < 2; ++half) {
+    const float *even = w.src<float>(oc[2 * half]), *odd = w.src<float>(oc[2 * half + 1]);
+    __m256 sum[8];
+    for (unsigned r = 0; r < 8; ++r) {
+      const __m128 e = _mm_loadu_ps(even + 4 * r), o = _mm_loadu_ps(odd + 4 * r);
+      sum[r] = _mm256_set_m128(_mm_unpackhi_ps(e, o), _mm_unpacklo_ps(e, o));
+    }
+    const float* row = a + 8 * half * K;
+    for (unsigned q = 0; q < K; ++q) {
+      const __m256 column = _mm256_load_ps(b + 8 * q);
+      for (unsigned r = 0; r < 8; ++r) sum[r] = _mm256_fmadd_ps(_mm256_broadcast_ss(row + r * K + q), column, sum[r]);
+    }
+    float *d0 = w.dst<float>(od[2 * half]), *d1 = w.dst<float>(od[2 * half + 1]);
+    for (unsigned r = 0; r < 8; ++r) {
+      const __m256 x = canonical8(sum[r]);
+      const __m128 low = _mm256_castps256_ps128(x), high = _mm256_extractf128_ps(x, 1);
+      _mm_storeu_ps(d0 + 4 * r, _mm_shuffle_ps(low, high, 0x88));
+      _mm_storeu_ps(d1 + 4 * r, _mm_shuffle_ps(low, high, 0xdd));
+    }
+  }
+}
+
+/// The handler of a common shape, or exec_mma_float.
+Handler float_handler(const MmaSpec& s) {
+  if (s.m == 16 && s.n == 8 && s.a == s.b && !s.c_half) {
+    if (s.a == MmaType::f16 && s.k == 16) return exec_mma_16x8<MmaType::f16, 16>;
+    if (s.a == MmaType::f16 && s.k == 8) return exec_mma_16x8<MmaType::f16, 8>;
+    if (s.a == MmaType::bf16 && s.k == 16) return exec_mma_16x8<MmaType::bf16, 16>;
+    if (s.a == MmaType::bf16 && s.k == 8) return exec_mma_16x8<MmaType::bf16, 8>;
+    if (s.a == MmaType::tf32 && s.k == 8) return exec_mma_16x8<MmaType::tf32, 8>;
+    if (s.a == MmaType::tf32 && s.k == 4) return exec_mma_16x8<MmaType::tf32, 4>;
+  }
+  return exec_mma_float;
+}
+
 template <class T, class Sum>
 void multiply(const Warp& w, const Inst& in, const MmaSpec& s, Sum* c,
               void (*convert)(MmaType, const void*, T*, unsigned)) {
@@ -226,7 +326,7 @@ void decode_mma(Decode& d) {
   add_fragment(d, d.arg(1), s.na, ab, false);
   add_fragment(d, d.arg(2), s.nb, ab, false);
   add_fragment(d, d.arg(3), s.nc, cd, false);
-  d.exec(integer ? exec_mma_int : a == MmaType::f64 ? exec_mma_f64 : exec_mma_float, InstClass::mma);
+  d.exec(integer ? exec_mma_int : a == MmaType::f64 ? exec_mma_f64 : float_handler(s), InstClass::mma);
   d.finish();
   note_mma_work(d, ta, uint64_t{2} * m * n * k);
 }
@@ -244,6 +344,26 @@ void matrix_rows(Warp& w, const Inst& in, const Operand& base, AccessKind kind, 
   for (uint32_t l = 0; l < lanes; ++l) row[l] = a.host[l];
 }
 
+/// The transposed 8x8 matrix of 16-bit elements with these rows.
+void transpose_rows(uint8_t* const* row, uint32_t* out) {
+  __m128i r[8], a[8], b[8];
+  for (unsigned i = 0; i < 8; ++i) r[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row[i]));
+  for (unsigned i = 0; i < 4; ++i) {
+    a[2 * i] = _mm_unpacklo_epi16(r[2 * i], r[2 * i + 1]);
+    a[2 * i + 1] = _mm_unpackhi_epi16(r[2 * i], r[2 * i + 1]);
+  }
+  for (unsigned i = 0; i < 8; i += 4)
+    for (unsigned j = 0; j < 2; ++j) {
+      b[i + 2 * j] = _mm_unpacklo_epi32(a[i + j], a[i + j + 2]);
+      b[i + 2 * j + 1] = _mm_unpackhi_epi32(a[i + j], a[i + j + 2]);
+    }
+  for (unsigned i = 0; i < 4; ++i) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 8 * i), _mm_unpacklo_epi64(b[i], b[i + 4]));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 8 * i + 4), _mm_unpackhi_epi64(b[i], b[i + 4]));
+  }
+}
+
+/// A register is, over the lanes, a matrix row by row.
 void exec_ldmatrix(Warp& w, const Inst& in) {
   if (!warp_converged(w)) return;
   uint8_t* row[kWarpSize];
@@ -251,15 +371,10 @@ void exec_ldmatrix(Warp& w, const Inst& in) {
   matrix_rows(w, in, in.op[n], AccessKind::load, row);
   for (unsigned i = 0; i < n; ++i) {
     uint32_t r[kWarpSize];
-    for (uint32_t l = 0; l < kWarpSize; ++l) {
-      if (!in.imm[1]) {
-        std::memcpy(&r[l], row[8 * i + l / 4] + 4 * (l % 4), 4);
-      } else {
-        uint16_t e[2];
-        for (unsigned j = 0; j < 2; ++j) std::memcpy(&e[j], row[8 * i + 2 * (l % 4) + j] + 2 * (l / 4), 2);
-        r[l] = uint32_t{e[1]} << 16 | e[0];
-      }
-    }
+    if (in.imm[1])
+      transpose_rows(row + 8 * i, r);
+    else
+      for (unsigned j = 0; j < 8; ++j) std::memcpy(r + 4 * j, row[8 * i + j], 16);
     blend(w.dst<uint32_t>(in.op[i]), r, w.exec);
   }
 }

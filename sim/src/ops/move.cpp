@@ -116,7 +116,7 @@ void decode_vector_mov(Decode& d, Type t) {
   d.inst.imm[0] = bytes;
   if (unpack) {
     for (const auto& p : parts)
-      d.add(p.kind == ast::Operand::sink ? d.scratch(std::max(bytes, 2u)) : d.any_register(p, bytes));
+      d.add(p.kind == ast::Operand::sink ? d.scratch(std::max(bytes, 2u)) : d.any_result(p, bytes));
     d.in(1, t);
     d.exec(exec_unpack, InstClass::move);
   } else {

@@ -1,5 +1,6 @@
 #include "sim/async.h"
 
+#include <algorithm>
 #include <cstring>
 
 namespace ptxsim {
@@ -19,19 +20,52 @@ void GroupQueue::drain() {
   for (auto& effect : rest) effect();
 }
 
-std::vector<GroupQueue::Effect> GroupQueue::take_all() {
-  std::vector<Effect> out;
-  for (auto& group : groups_)
-    for (auto& e : group) out.push_back(std::move(e));
-  for (auto& e : open_) out.push_back(std::move(e));
-  groups_.clear();
-  open_.clear();
+void CopyQueue::Copy::perform() const {
+  if (read) std::memcpy(to, from, read);
+  if (read < written) std::memset(to + read, 0, written - read);
+}
+
+void CopyQueue::add(uint32_t lanes, const Copy (&copies)[32]) {
+  Issue& issue = issued_.emplace_back();
+  issue.lanes = lanes;
+  std::copy_n(committed_, 32, issue.group);
+  std::copy_n(copies, 32, issue.copy);
+}
+
+void CopyQueue::commit(uint32_t lanes) {
+  for (uint32_t l = 0; l < 32; ++l) committed_[l] += lanes >> l & 1;
+}
+
+void CopyQueue::wait(uint32_t lanes, uint32_t keep) {
+  std::erase_if(issued_, [&](Issue& issue) {
+    for (uint32_t rest = issue.lanes & lanes; rest; rest &= rest - 1) {
+      const auto l = static_cast<uint32_t>(__builtin_ctz(rest));
+      if (issue.group[l] + keep >= committed_[l]) continue;
+      issue.copy[l].perform();
+      issue.lanes &= ~(1u << l);
+    }
+    return issue.lanes == 0;
+  });
+}
+
+void CopyQueue::drain(uint32_t lanes) {
+  commit(lanes);
+  wait(lanes, 0);
+}
+
+std::vector<CopyQueue::Copy> CopyQueue::take_all(uint32_t lane) {
+  std::vector<Copy> out;
+  std::erase_if(issued_, [&](Issue& issue) {
+    if (issue.lanes >> lane & 1) out.push_back(issue.copy[lane]);
+    issue.lanes &= ~(1u << lane);
+    return issue.lanes == 0;
+  });
   return out;
 }
 
 void AsyncQueues::drain() {
+  cp_async.drain(UINT32_MAX);
   for (int l = 0; l < 32; ++l) {
-    cp_async[l].drain();
     bulk_read[l].drain();
     bulk_write[l].drain();
   }

@@ -119,6 +119,7 @@ uint32_t ProgramBuilder::variable_offset(uint32_t index) {
 
 void ProgramBuilder::allocate_registers() {
   frame_top_ = sizeof(FrameHeader);
+  slots_.clear();
   registers_.assign(fn_->registers.size(), {});
   for (size_t i = 0; i < registers_.size(); ++i) {
     const Type t = fn_->registers[i].type;
@@ -126,6 +127,7 @@ void ProgramBuilder::allocate_registers() {
     const unsigned slot = t == Type::pred ? 4 : bytes * kWarpSize;
     frame_top_ = align_up(frame_top_, std::min(slot, 64u));
     registers_[i] = {frame_top_, Bank::frame, static_cast<uint8_t>(bytes)};
+    slots_.push_back({frame_top_, slot, t != Type::pred});
     frame_top_ += slot;
   }
 }
@@ -171,7 +173,26 @@ void ProgramBuilder::decode_function(uint32_t number) {
     for (uint32_t b : bodies) program_->branch_tables[table].push_back(body_to_pc_[b]);
   FunctionLayout& layout = program_->functions[number];
   layout.end_pc = next_pc();
+  pack_frame();
   layout.frame_bytes = align_up(frame_top_, 64);
+}
+
+/// Lets registers share storage, but for those that a wgmma reads or writes after it has been issued.
+void ProgramBuilder::pack_frame() {
+  if (!table_fixups_.empty()) return;  // branches through tables
+  FunctionCode f;
+  f.first_pc = program_->functions[current_].entry_pc;
+  f.code = std::span(program_->code).subspan(f.first_pc);
+  f.operands = program_->operands;
+  for (auto [pc, body] : branch_fixups_) f.branches.emplace_back(pc, body_to_pc_[body]);
+  auto pin = [&](auto&& self, const ast::Operand& o) -> void {
+    if (o.kind == ast::Operand::reg) slots_[o.index].shareable = false;
+    for (const ast::Operand& part : o.parts) self(self, part);
+  };
+  for (const ast::Instruction& in : fn_->body)
+    if (in.opcode.starts_with("wgmma"))
+      for (const ast::Operand& o : in.operands) pin(pin, o);
+  frame_top_ = pack_registers(f, slots_, sizeof(FrameHeader));
 }
 
 Operand ProgramBuilder::constant(unsigned bytes, uint64_t bits) {
@@ -197,7 +218,8 @@ Operand ProgramBuilder::carry() {
 Operand ProgramBuilder::scratch(unsigned bytes) {
   frame_top_ = align_up(frame_top_, 64);
   const Operand o{frame_top_, Bank::frame, static_cast<uint8_t>(bytes)};
-  frame_top_ += std::max(bytes, 2u) * kWarpSize;
+  slots_.push_back({frame_top_, std::max(bytes, 2u) * kWarpSize, false});
+  frame_top_ += slots_.back().bytes;
   return o;
 }
 

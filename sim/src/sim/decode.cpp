@@ -154,10 +154,16 @@ Operand Decode::any_register(const ast::Operand& o, unsigned min_bytes) {
   return r;
 }
 
+Operand Decode::any_result(const ast::Operand& o, unsigned min_bytes) {
+  Operand r = any_register(o, min_bytes);
+  r.written = true;
+  return r;
+}
+
 Operand Decode::out_of(const ast::Operand& o, Type t) {
   if (o.kind == ast::Operand::sink) return builder_.scratch(size_of(t));
   if (t == Type::pred) return predicate_of(o);
-  const Operand r = any_register(o, size_of(t));
+  const Operand r = any_result(o, size_of(t));
   if (r.bytes != size_of(t)) unsupported("register size differs from the type's");
   return r;
 }
@@ -167,8 +173,11 @@ Operand Decode::in_of(const ast::Operand& o, Type t) {
     case ast::Operand::imm:
       if (t == Type::pred) return builder_.constant(4, o.bits ? kAllLanes : 0);
       return builder_.constant(size_of(t), immediate_bits(o, t));
-    case ast::Operand::reg:
-      return out_of(o, t);
+    case ast::Operand::reg: {
+      Operand r = out_of(o, t);
+      r.written = false;
+      return r;
+    }
     case ast::Operand::special: {
       for (const SpecialName& s : kSpecials) {
         if (s.name != o.name) continue;

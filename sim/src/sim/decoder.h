@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "sim/program.h"
+#include "sim/registers.h"
 
 namespace ptxsim {
 
@@ -39,6 +40,7 @@ class Decode {
   Operand out_of(const ast::Operand& o, Type t);
   Operand in_of(const ast::Operand& o, Type t);
   Operand any_register(const ast::Operand& o, unsigned min_bytes);  ///< size may exceed the type
+  Operand any_result(const ast::Operand& o, unsigned min_bytes);    ///< the same, written
   Operand any_source(const ast::Operand& o, Type t);                ///< register as is, or immediate
   Operand predicate_of(const ast::Operand& o);                      ///< must not be negated
   void add(const Operand& o) { operands_.push_back(o); }
@@ -109,6 +111,7 @@ class ProgramBuilder {
   void decode_function(uint32_t number);
   void allocate_registers();
   void allocate_local();
+  void pack_frame();
   void layout_shared();
 
   const Module& module_;
@@ -119,6 +122,7 @@ class ProgramBuilder {
   uint32_t current_ = 0;
   std::vector<Operand> registers_;
   uint32_t frame_top_ = 0;
+  std::vector<RegisterSlot> slots_;  ///< of the current function's frame
   std::map<std::pair<unsigned, uint64_t>, Operand> constants_;
   std::map<const ast::Variable*, uint32_t> shared_;
   uint32_t shared_top_ = kReservedShared;

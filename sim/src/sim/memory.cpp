@@ -30,6 +30,15 @@ void resolve_shared(Warp& w, const Inst& in, uint32_t mask, unsigned bytes, Lane
   Cta& own = *w.cta;
   const uint64_t base = uint64_t{own.rank} << kSharedRankShift;
   const uint64_t size = own.shared_bytes;
+  if (mask == kAllLanes) {
+    bool inside = true;
+    for (uint32_t l = 0; l < kWarpSize; ++l) {
+      const uint64_t offset = a.addr[l] - window - base;
+      inside &= (offset >= kReservedShared) & (offset + bytes <= size);
+      a.host[l] = own.shared.data() + offset;
+    }
+    if (inside) return;
+  }
   for_lanes(mask, [&](uint32_t l) {
     const uint64_t offset = a.addr[l] - window - base;
     if (offset >= kReservedShared && offset + bytes <= size) [[likely]] {

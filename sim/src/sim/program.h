@@ -34,7 +34,8 @@ enum class Bank : uint8_t {
 struct Operand {
   uint32_t offset = 0;
   Bank bank = Bank::frame;
-  uint8_t bytes = 0;  ///< per lane; 0 = absent ("_")
+  uint8_t bytes = 0;     ///< per lane; 0 = absent ("_")
+  bool written = false;  ///< a result; never set for what an instruction also reads
   bool present() const { return bytes != 0; }
 };
 

@@ -1,5 +1,7 @@
 // A warp: 32 lanes in lock-step, with divergence by per-lane program counters.
 #pragma once
+#include <immintrin.h>
+
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -123,8 +125,11 @@ struct alignas(64) Warp {
 /// Writes r to d for the lanes in mask.
 template <class T>
 inline void blend(T* __restrict d, const T* __restrict r, uint32_t mask) {
-  if (mask == kAllLanes) {
-    std::memcpy(d, r, sizeof(T) * kWarpSize);
+  if (mask == kAllLanes) {  // not memcpy: the compiler would call it for this size
+    constexpr unsigned kVectors = sizeof(T) * kWarpSize / 32;
+    __m256i v[kVectors];
+    for (unsigned i = 0; i < kVectors; ++i) v[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(r) + i);
+    for (unsigned i = 0; i < kVectors; ++i) _mm256_storeu_si256(reinterpret_cast<__m256i*>(d) + i, v[i]);
     return;
   }
   for (uint32_t l = 0; l < kWarpSize; ++l)

@@ -2,7 +2,8 @@
 
 Interprets only what decides control: the backward slice of branch conditions and barrier operands (integer and predicate
 instructions, launch constants, special registers), for all 32 lanes. Values that come from memory or from floating-point
-arithmetic are unknown; a branch on an unknown value needs a decision from the caller, else it is an error.
+arithmetic are unknown; a forward branch on an unknown value is taken to fall through unless the caller decides, and is
+listed; a backward one is an error.
 """
 
 import re
@@ -16,7 +17,7 @@ from .sass import Inst
 M32, M64, SIGN = 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF, 0x80000000
 PARAM_BASE = {80: 0x160, 86: 0x160, 89: 0x160, 90: 0x210, 100: 0x380, 120: 0x380}
 LANES = np.arange(32, dtype=np.uint64)
-UR, P, UP = 256, 320, 328  # first bit of the uniform registers, predicates and uniform predicates in a register set
+UR, P, UP, STACK = 256, 320, 328, 512  # first bit of the uniform registers, predicates, uniform predicates and words of the stack in a register set
 
 # A value is an int (all lanes alike), an array of 32 lanes, or None (unknown).
 Value = int | np.ndarray | None
@@ -121,13 +122,19 @@ def parse(i: Inst) -> Parsed:
     for w in carries:
         if (b := set_bit(w)) >= 0:
             p.defs |= 1 << b
+    if i.base in ("LDL", "STL") and (slot := stack_slot(i)) >= 0:
+        mask = ((1 << max(1, width_of(i))) - 1) << slot
+        if i.base == "LDL":
+            p.uses |= mask
+        else:
+            p.defs |= mask
     if i.base == "R2P":
         p.defs |= 0x7F << P
     for w in words:
         for m in re.finditer(r"(?<![\w.])(U?[RP])(\d+)\b", w):
             b = {"R": 0, "UR": UR, "P": P, "UP": UP}[m[1]] + int(m[2])
             p.uses |= 1 << b
-            if m[1][-1] == "R" and (".64" in i.op or ".WIDE" in i.op or i.base in ("RET", "DADD", "DFMA")):
+            if m[1][-1] == "R" and (".64" in i.op or ".WIDE" in i.op or i.op.startswith("IMAD.HI") or i.base in ("RET", "DADD", "DFMA")):
                 p.uses |= 1 << (b + 1)
     if i.base == "P2R":
         p.uses |= 0x7F << P
@@ -135,6 +142,13 @@ def parse(i: Inst) -> Parsed:
         p.uses |= 1 << b
     p.kills = 0 if i.pred else p.defs
     return p
+
+
+def stack_slot(i: Inst) -> int:
+    """The register-set bit of a word of the stack, of a load or store at a fixed offset from R1; -1 for others."""
+    m = re.search(r"\[R1(?:\+(-?0x[0-9a-f]+))?\]", i.args)
+    offset = int(m[1] or "0", 0) if m else -1
+    return STACK + offset // 4 if offset >= 0 and offset % 4 == 0 else -1
 
 
 def successors(code: list[Inst], n: int) -> list[int]:
@@ -159,6 +173,9 @@ class Program:
     def __init__(self, code: list[Inst]):
         self.code = code
         self.parsed = [parse(i) for i in code]
+        for i, p in zip(code, self.parsed):
+            if i.base not in CONTROL and semantics(short_base(i), i.op.split(".")[1:], i, p) is nothing:
+                p.uses = 0  # nothing is gained by knowing the sources
         self.needed = self._slice()
         self.stop = [0] * len(code)  # next instruction that must be interpreted
         nxt = len(code)
@@ -205,7 +222,7 @@ class Program:
 
 class State:
     def __init__(self, shape: LaunchShape, block: tuple[int, int, int], warp: int):
-        self.r: list[Value] = [None] * 512
+        self.r: list[Value] = [None] * (STACK + 4096)
         self.shape = shape
         threads = warp * 32 + LANES
         x, y, _ = shape.block
@@ -216,6 +233,7 @@ class State:
         if y == 1 and shape.block[2] == 1:
             self.special["SR_TID.Y"] = self.special["SR_TID.Z"] = 0
         self.lanes = np.ones(32, bool)
+        self.index = 0  # of the next instruction
         header = bytearray(PARAM_BASE[shape.arch])
         for k, v in enumerate((*shape.block, *shape.grid)):
             at = 0 if shape.arch < 100 else 0x360
@@ -404,16 +422,23 @@ def reciprocal(v: np.ndarray) -> np.ndarray:
 
 
 def float_to_uint(v: np.ndarray) -> np.ndarray:
-    return np.clip(np.nan_to_num(v.astype(np.uint32).view(np.float32).astype(np.float64)), 0, M32).astype(np.uint64)
+    return np.clip(np.nan_to_num(v.astype(np.uint32).view(np.float32).astype(np.float64)), 0, 2.0**63).astype(np.uint64)
+
+
+def short_base(i: Inst) -> str:
+    """The opcode without the mark of the uniform datapath."""
+    return i.base[1:] if i.base[0] == "U" else i.base
 
 
 def evaluator(i: Inst, p: Parsed) -> Callable[[State], None]:
     """A function that performs an instruction of the slice on the known values."""
-    base = i.base[1:] if i.base[0] == "U" and i.base not in ("UNDEF",) else i.base
+    base = short_base(i)
     mods = i.op.split(".")[1:]
     compute = semantics(base, mods, i, p)
     guard = truth(i.pred) if i.pred else None
     registers = [(set_bit(w), width_of(i)) for w in p.results]
+    if i.base == "STL":
+        registers = [(stack_slot(i), width_of(i))]
     preds = [set_bit(w) for w in p.carries]
 
     def put(s: State, n: int, value: Value, when: Value) -> None:
@@ -451,11 +476,14 @@ def evaluator(i: Inst, p: Parsed) -> Callable[[State], None]:
 Result = tuple[Value, Sequence[Value]]
 
 
+def nothing(s: State) -> Result:
+    """Of instructions whose result is never known."""
+    return None, (None, None)
+
+
 def semantics(base: str, mods: list[str], i: Inst, p: Parsed) -> Callable[[State], Result]:
     w = p.sources
     unsigned = "U32" in mods or "U64" in mods
-    nothing: Callable[[State], Result] = lambda s: (None, (None, None))
-
     if base == "MOV":
         g = source(w[0])
         return lambda s: (g(s), ())
@@ -512,19 +540,24 @@ def semantics(base: str, mods: list[str], i: Inst, p: Parsed) -> Callable[[State
         w = [x for x in w if not predicate(x)]
         if len(w) < 3:
             return nothing
-        size = 2 if "WIDE" in mods else 1
-        a, b, c = source(w[0].lstrip("-")), source(w[1]), source(w[2], size)
+        long = "WIDE" in mods or "HI" in mods
+        a, b, c = source(w[0].lstrip("-")), source(w[1]), source(w[2], 2 if long else 1)
         negate = w[0].startswith("-")
 
         def imad(s: State) -> Result:
             x, y = a(s), b(s)
-            prod = multiply(x, y, not unsigned if ("WIDE" in mods or "HI" in mods) else False)
+            prod = multiply(x, y, long and not unsigned)
             if prod is not None and negate:
                 prod = (M64 + 1 - prod) & M64 if isinstance(prod, int) else ~prod + np.uint64(1)
+            addend = c(s)
+            total = add(prod, addend, *[as_int(t(s)) for t in carry_in if "X" in mods])
+            if total is None:
+                return None, (None, None)
+            # of a 64-bit sum the carry shows as wrapping around (a carry in that wraps exactly is not produced by division code)
+            carry: Value = total < prod if long else (total >> 32 if isinstance(total, int) else total >> np.uint64(32)) >= 1
             if "HI" in mods:
-                prod = None if prod is None else prod >> 32 if isinstance(prod, int) else prod >> np.uint64(32)
-            total = add(prod, c(s), *[as_int(t(s)) for t in carry_in if "X" in mods])
-            return total, (None, None)
+                total = total >> 32 if isinstance(total, int) else total >> np.uint64(32)
+            return total, (carry, None)
 
         return imad
     if base == "LEA":
@@ -667,6 +700,30 @@ def semantics(base: str, mods: list[str], i: Inst, p: Parsed) -> Callable[[State
             return sel(minimum, sel(less, x, y), sel(less, y, x)), ()
 
         return bounded
+    if i.base in ("LDL", "STL"):
+        size = width_of(i)
+        slot = stack_slot(i)
+        if slot < 0 or size > 2:
+            return nothing
+        get_word = source(w[-1], size) if i.base == "STL" else (lambda s: s.r[slot] if size == 1 else wide(s.r[slot], s.r[slot + 1]))
+        return lambda s: (get_word(s), ())
+    if base == "P2R" and len(w) == 3:
+        keep, chosen = source(w[1]), int(w[2], 0)
+
+        def pack_predicates(s: State) -> Result:
+            out = keep(s)
+            for k in range(7):
+                if chosen >> k & 1:
+                    bit = as_int(s.r[P + k])
+                    out = None if out is None or bit is None else (out & ~(1 << k) & M32) | (bit << k if isinstance(bit, int) else bit << np.uint64(k))
+            return out, ()
+
+        return pack_predicates
+    if i.op == "HFMA2.MMA" and len(w) == 4 and {w[0].lstrip("-"), w[1]} == {"RZ"}:
+        halves = [int(np.float16(float(x)).view(np.uint16)) for x in w[2:]]
+        return lambda s: (halves[0] << 16 | halves[1], ())
+    if base == "FSETP" and "+INF" in w and ("GEU" in mods or "GTU" in mods or "GE" in mods):
+        return lambda s: (None, (False, None))  # data is taken to be finite
     if base == "IABS":
         g = source(f"|{w[0]}|")
         return lambda s: (g(s), ())
@@ -730,6 +787,12 @@ def semantics(base: str, mods: list[str], i: Inst, p: Parsed) -> Callable[[State
     if base == "FLO":
         g = source(w[0])
         return lambda s: ((v.bit_length() - 1) & M32 if isinstance(v := g(s), int) else None, ())
+    if base == "I2F" and "U64" in mods and "RP" in mods:
+        g = source(w[0], 2)
+        return lambda s: (float_bits(g(s), int_to_float_up), ())
+    if base == "F2I" and "U64" in mods and "TRUNC" in mods:
+        g = source(w[0])
+        return lambda s: (float_bits(g(s), float_to_uint), ())
     if base == "I2F" and "RP" in mods:
         g = source(w[0])
         return lambda s: (float_bits(g(s), int_to_float_up), ())
@@ -769,7 +832,7 @@ def run_warp(
         if at >= len(code):
             raise Unknown("no EXIT")
         i = code[at]
-        pc = at + 1
+        pc = s.index = at + 1
         if (f := evaluate[at]) is not None:
             f(s)
             continue
@@ -840,7 +903,10 @@ def resolve(guard: Value, i: Inst, decisions: Mapping[int, bool], t: Trace, s: S
         t.assumed.add(i.addr)
         return np.full(32, decisions[i.addr])
     if guard is None:
-        raise Unknown(f"the condition of {i.op} at {i.addr:#x} is unknown: decide it with --branch {i.addr:#x}=0 or 1")
+        if i.base == "BRA" and 0 <= i.target < s.index:
+            raise Unknown(f"the condition of the loop {i.op} at {i.addr:#x} is unknown: decide it with --branch {i.addr:#x}=0 or 1")
+        t.assumed.add(i.addr)
+        return np.zeros(32, bool)
     return guard if isinstance(guard, np.ndarray) else np.full(32, bool(guard))
 
 

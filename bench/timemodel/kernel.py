@@ -75,6 +75,7 @@ class Launch:
 class Modelled:
     seconds: float
     cycles: float  # of the simulated CTAs
+    per_iteration: float  # cycles of one iteration of the main loop, where most of its iterations were not simulated
     ctas: int  # simulated on one multiprocessor
     resident: int
     stats: dict
@@ -91,12 +92,12 @@ def occupancy(m: Machine, regs: int, smem: int, warps: int) -> int:
 
 
 def longest_cta(kernel: Kernel, launch: Launch) -> list[control.Trace]:
-    """Traces of the CTA with most work among the first, the middle and the last."""
+    """Traces of the CTA with most work of the first and the middle one."""
     gx, gy, gz = launch.grid
     shape = control.LaunchShape(launch.grid, launch.block, launch.params, 90, launch.smem)
     total = gx * gy * gz
     ctas = []
-    for n in {0, total // 2, total - 1}:
+    for n in {0, total // 2}:
         at = (n % gx, n // gx % gy, n // (gx * gy))
         ctas.append(control.run_cta(kernel.program, shape, at, launch.decisions))
     return max(ctas, key=lambda traces: sum(len(t.code) for t in traces))
@@ -111,6 +112,52 @@ def share(m: Machine, requested: tuple[float, float], footprint: tuple[float, fl
     per_dram = (dram_read + dram_write) / max(1.0, r2 + w2) * active * m.clock / m.dram
     missing = dram_read / r2 if r2 else 0.0
     return 1 / max(1 / m.l2_per_sm, per_l2, per_dram), m.lat_l2 * (1 - missing) + m.lat_dram * missing, missing
+
+
+def main_loop(code: list[sass.Inst], trace: list[int]) -> tuple[list[int], int, int]:
+    """Where the iterations of the loop with most of a trace end (positions after its backward branch), and head and tail."""
+    executed = Counter(trace)
+    best, found = 0, (0, -1)
+    for head, tail in sass.loops(code):
+        inside = sum(executed[n] for n in range(head, tail + 1))
+        if executed[tail] > 1 and inside > best:
+            best, found = inside, (head, tail)
+    head, tail = found
+    return [k + 1 for k, n in enumerate(trace[:-1]) if n == tail and trace[k + 1] == head], head, tail
+
+
+def shorten(kernel: Kernel, traces: list[control.Trace], keep: int) -> tuple[list[control.Trace], int]:
+    """Traces without the middle iterations of their main loop, about `keep` of them left, and how many are gone.
+
+    All warps lose the same share, so that what they pass through barriers still matches; warps of one CTA whose loops
+    cannot be cut alike are left as they are."""
+    ends = {id(t): main_loop(kernel.code, t.code)[0] for t in traces}
+    counts = {n for e in ends.values() if (n := len(e)) >= keep}
+    if not counts:
+        return traces, 0
+    most = max(counts)
+    ratio = {k: max(1, round(most / max(1, len(e)))) for k, e in ends.items()}
+    step = math.lcm(4, *(r for k, r in ratio.items() if len(ends[k]) >= 4))  # rings of 2 and 4 stages stay in phase
+    gone = (most - keep) // step * step
+    if gone <= 0 or any(len(e) >= 4 and len(e) - gone // ratio[k] < 4 for k, e in ends.items()):
+        return traces, 0
+    out: dict[int, control.Trace] = {}
+    for t in traces:
+        e = ends[id(t)]
+        if id(t) in out:
+            continue
+        if len(e) < 4:
+            out[id(t)] = t
+            continue
+        first = len(e) // 2 - gone // ratio[id(t)] // 2
+        a, b = e[first], e[first + gone // ratio[id(t)]]
+        bars = [kernel.code[n].base == "BAR" for n in t.code]
+        low, high = sum(bars[:a]), sum(bars[:b])
+        out[id(t)] = control.Trace(t.code[:a] + t.code[b:], t.barriers[:low] + t.barriers[high:], t.assumed)
+    return [out[id(t)] for t in traces], gone
+
+
+ITERATIONS = (16, 32)  # of the main loop that are simulated when it has many more
 
 
 def model(m: Machine, kernel: Kernel, launch: Launch) -> Modelled:
@@ -133,25 +180,29 @@ def model(m: Machine, kernel: Kernel, launch: Launch) -> Modelled:
     scale = tuple(min(1.0, a / b) if b else 1.0 for a, b in zip(requested, named, strict=True))
     occ = occupancy(m, kernel.regs, launch.smem + kernel.static_smem, len(traces))
     rate, latency, missing = share(m, requested, footprint, min(ctas, m.sms))
-    work = [(t.code, t.barriers) for t in traces]
 
-    def run(resident: int, total: int) -> tuple[float, dict]:
-        ends, stats = sm_sim.Sim(m, rate, latency, scale).run(static, work, resident, total)
+    def run(work: list[control.Trace], resident: int, total: int) -> tuple[float, dict]:
+        ends, stats = sm_sim.Sim(m, rate, latency, scale).run(static, [(t.code, t.barriers) for t in work], resident, total)
         return max(ends), stats
 
     per_sm = ctas / m.sms
-    if per_sm <= 2 * occ:
-        total = math.ceil(per_sm)
-        resident = min(occ, total)
-        cycles, stats = run(resident, total)
-        seconds = cycles / m.clock
+    total = math.ceil(per_sm) if per_sm <= 2 * occ else 2 * occ
+    resident = min(occ, total)
+    work, gone = shorten(kernel, traces, ITERATIONS[1])
+    cycles, stats = run(work, resident, total)
+    if gone:
+        fewer, more_gone = shorten(kernel, traces, ITERATIONS[0])
+        first, _ = run(fewer, resident, total)
+        per_iteration = (cycles - first) / (more_gone - gone)
+        longer = cycles + gone * per_iteration
     else:
-        resident, total = occ, 2 * occ
-        first, _ = run(occ, occ)
-        cycles, stats = run(resident, total)
-        seconds = (cycles + (per_sm - total) * (cycles - first) / occ) / m.clock
+        longer, per_iteration = cycles, 0.0
+    seconds = longer / m.clock
+    if per_sm > 2 * occ:
+        one, _ = run(work, occ, occ)
+        seconds *= 1 + (per_sm - total) * (cycles - one) / occ / cycles
     memory = dict(rate=rate, latency=latency, dram_share=missing, requested=sum(requested), footprint=sum(footprint))
-    return Modelled(m.launch + seconds, cycles, total, resident, stats, traces, memory, counts)
+    return Modelled(m.launch + seconds, cycles, per_iteration, total, resident, stats, work, memory, counts)
 
 
 def report(m: Machine, kernel: Kernel, launch: Launch, r: Modelled, per: float = 1.0) -> str:
@@ -161,7 +212,9 @@ def report(m: Machine, kernel: Kernel, launch: Launch, r: Modelled, per: float =
         f"{kernel.function}",
         f"  modelled {r.seconds * 1e6:.1f} us on {m.name} (measured time is expected at +0..+40 %); grid {math.prod(launch.grid)} x {warps} warps, "
         f"{kernel.regs} registers, {kernel.stack} bytes of stack, {launch.smem + kernel.static_smem} bytes of shared memory",
-        f"  simulated {r.ctas} CTAs, {r.resident} at a time: {r.cycles:.0f} cycles" + (f" = {r.cycles / per:.0f} per unit" if per != 1 else ""),
+        f"  simulated {r.ctas} CTAs, {r.resident} at a time: {r.cycles:.0f} cycles"
+        + (f" = {r.cycles / per:.0f} per unit" if per != 1 else "")
+        + (f"; about {ITERATIONS[1]} iterations of the main loop, {r.per_iteration:.0f} cycles each, stand for all" if r.per_iteration else ""),
         f"  memory: {r.memory['rate']:.0f} B/cycle for one multiprocessor, latency {r.memory['latency']:.0f}, "
         f"{r.memory['requested'] / 1e6:.1f} MB beyond L1, {r.memory['footprint'] / 1e6:.1f} MB distinct",
     ]

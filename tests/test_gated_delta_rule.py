@@ -75,7 +75,7 @@ EXACT = {"keys identical, beta two": Case(keys="identical", beta="two", state=1.
 LARGE = {
     "T=1000": Case(T=1000, B=2, H=2, HV=4, state=1.0),
     "T=1000, correlated": Case(T=1000, keys="correlated", gate="model", state=1.0),
-    "T=1000, no gate": Case(T=1000, gate="none", beta="two"),
+    "T=1000, no gate": Case(T=1000, gate="none", state=1.0),
     "K=256": Case(K=256, T=150, state=1.0),
     "V=256": Case(V=256, T=150, state=1.0),
     "K=V=256": Case(K=256, V=256, H=2, HV=2, T=70),

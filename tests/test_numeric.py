@@ -55,12 +55,13 @@ def test_rejects_by_a_tighter_bound():
 
 def test_rejects_a_gradient_of_wrong_direction():
     oracle, yardstick, _ = sample(torch.bfloat16)
-    yardstick[0, 0] += 1
     noise = torch.randn(oracle.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    actual = oracle + 4.9e-3 * noise
-    assert compare(actual, oracle, yardstick, dtype=torch.bfloat16).ok
-    result = compare(actual, oracle, yardstick, dtype=torch.bfloat16, gradient=True)
-    assert ["cosine" in failure for failure in result.failures] == [True]
+    for actual in (-oracle, torch.zeros_like(oracle), oracle + 6e-3 * noise):
+        result = compare(actual, oracle, yardstick, dtype=torch.bfloat16, gradient=True)
+        assert any("cosine" in failure for failure in result.failures)
+    result = compare(oracle + 2e-3 * noise, oracle, oracle + 2e-3 * noise, dtype=torch.bfloat16, gradient=True)
+    assert result.ok
+    assert 1e-6 < result.cosine_gap < 1e-5
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -53,9 +53,9 @@ MORE = [Case(mode, dtype, 1, T, 8, D) for T, D in ((1024, 64), (4096, 64), (1024
 
 
 def select(pattern: str | None, everything: bool = False) -> list[Case]:
-    """The cases whose name contains every word of the pattern."""
+    """The cases whose name has every word of the pattern."""
     cases = HEADLINE + DECODE + (MORE if everything or pattern else [])
-    return [c for c in cases if all(w in c.name.split() or w in c.name for w in (pattern or "").split())]
+    return [c for c in cases if set((pattern or "").split()) <= set(c.name.split())]
 
 
 @dataclass

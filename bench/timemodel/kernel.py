@@ -137,7 +137,7 @@ def shorten(kernel: Kernel, traces: list[control.Trace], keep: int) -> tuple[lis
         return traces, 0
     most = max(counts)
     ratio = {k: max(1, round(most / max(1, len(e)))) for k, e in ends.items()}
-    step = math.lcm(4, *(r for k, r in ratio.items() if len(ends[k]) >= 4))  # rings of 2 and 4 stages stay in phase
+    step = math.lcm(12, *(r for k, r in ratio.items() if len(ends[k]) >= 4))  # rings of 2, 3 and 4 stages stay in phase
     gone = (most - keep) // step * step
     if gone <= 0 or any(len(e) >= 4 and len(e) - gone // ratio[k] < 4 for k, e in ends.items()):
         return traces, 0
@@ -244,5 +244,5 @@ def report(m: Machine, kernel: Kernel, launch: Launch, r: Modelled, per: float =
     lines.append(f"  instructions of a CTA: {mix}")
     assumed = sorted({hex(a) for t in r.traces for a in t.assumed})
     if assumed:
-        lines.append(f"  branches decided by the caller: {', '.join(assumed)}")
+        lines.append(f"  branches whose condition is not known (taken to fall through unless decided): {', '.join(assumed)}")
     return "\n".join(lines)

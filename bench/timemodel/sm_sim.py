@@ -11,8 +11,8 @@ IMAD = {"IMAD", "VIADD"}
 HALF = {"HFMA2", "HADD2", "HMUL2"}
 UNI = {"UIADD3", "ULOP3", "UMOV", "USHF", "UIMAD", "ULEA", "USEL", "UISETP", "USGXT", "UPLOP3", "ULDC", "UFLO", "UP2UR"}
 UNSUPPORTED = {"UTMALDG", "UTMASTG", "UTMAREDG", "UBLKCP", "SYNCS", "UTCHMMA", "LDTM", "STTM", "UCGABAR_ARV", "UCGABAR_WAIT"}
-MIO_LD = {"LDS", "LDSM"}
-MIO_ST = {"STS", "STSM"}
+MIO_LD = {"LDS", "LDSM", "LD"}  # generic loads are taken for shared ones: nvcc knows the global ones
+MIO_ST = {"STS", "STSM", "ST"}
 
 
 def width(op):
@@ -61,7 +61,7 @@ def classify(code, m, conflict=1.0):
             s.n = int(g[1], 16) if g else 0
         elif b in MIO_LD:
             s.kind, s.pipe, s.ii = "lds", "mio", m.ii_mio
-            s.lat = m.lat_ldsm if b == "LDSM" else m.lat_lds
+            s.lat = m.lat_ldsm if b == "LDSM" else m.lat_lds + 10 * (b == "LD")
             s.waves = max(1, width(i.op) // 4)
             if b == "LDSM":
                 g = re.search(r"M(?:T)?88\.(\d)", i.op)
@@ -73,12 +73,12 @@ def classify(code, m, conflict=1.0):
             s.waves = (int(g[1]) if g else max(1, width(i.op) // 4)) * conflict
         elif b in ("SHFL", "VOTE", "MATCH", "REDUX"):
             s.kind, s.pipe, s.ii, s.lat, s.waves = "lds", "mio", m.ii_mio, m.lat_shfl, 1
-        elif b in ("LDG", "LDGSTS", "LD", "LDL"):
+        elif b in ("LDG", "LDGSTS", "LDL"):
             s.kind = {"LDGSTS": "ldgsts", "LDL": "ldl"}.get(b, "ldg")
             s.pipe, s.ii, s.bytes = "mio", m.ii_mio, 32 * width(i.op)
             s.waves = max(1, width(i.op) // 4)
             s.lat = m.lat_ldg_read
-        elif b in ("STG", "RED", "ATOMG", "ST", "STL"):
+        elif b in ("STG", "RED", "ATOMG", "STL"):
             s.kind = "stl" if b == "STL" else "stg"
             s.pipe, s.ii, s.bytes = "mio", m.ii_mio, 32 * width(i.op)
             s.waves = max(1, width(i.op) // 4)

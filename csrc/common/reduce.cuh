@@ -6,6 +6,13 @@ namespace remora {
 
 constexpr uint32_t kFullWarp = 0xffffffffu;
 
+/// threadIdx.x, read anew at every call: for rare code, where keeping what follows from it would cost registers.
+__device__ __forceinline__ int read_thread_idx() {
+  int thread_idx;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread_idx));
+  return thread_idx;
+}
+
 /// Sum over groups of kLanes neighbouring lanes; every lane gets it.
 template <int kLanes = 32>
 __device__ __forceinline__ float warp_sum(float x) {

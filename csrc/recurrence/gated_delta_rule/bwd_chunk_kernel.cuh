@@ -90,12 +90,13 @@ __device__ __forceinline__ void load_gates(ChunkCoefficients<BLOCK_T>& coef, con
   }
 }
 
-/// Powers of two that bring numbers of magnitude up to `largest` to the upper range of fp16, and back.
+/// Powers of two that bring numbers of magnitude up to `largest` to the upper range of fp16, and back. `down` stays
+/// below 2^61, so that what it scales beside them does not overflow.
 struct HalfRange {
   float down = 1.f, up = 1.f;
   __device__ __forceinline__ explicit HalfRange(float largest) {
     constexpr uint32_t kTop = 13;
-    const uint32_t exponent = min(max(__float_as_uint(largest) >> 23, 27u), 240u);
+    const uint32_t exponent = min(max(__float_as_uint(largest) >> 23, 80u), 240u);
     down = __uint_as_float((254 + kTop - exponent) << 23);
     up = __uint_as_float((exponent - kTop) << 23);
   }

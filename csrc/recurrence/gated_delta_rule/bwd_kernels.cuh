@@ -18,30 +18,43 @@ cudaError_t launch_with_smem(Kernel kernel, int64_t num_ctas, int num_threads, s
   return cudaGetLastError();
 }
 
-template <typename T, int HEAD_DIM, bool kIsSmall>
-cudaError_t launch_bwd(const GatedDeltaRuleBwdParams& params, const BwdWorkspace& workspace, cudaStream_t stream) {
-  using State = BwdStateTraits<T, HEAD_DIM, kIsSmall>;
-  using Chunk = BwdChunkTraits<T, HEAD_DIM, kIsSmall>;
-  static_assert(sizeof(typename Chunk::Smem) <= (kIsSmall ? kSmallSmemSize : kLargeSmemSize));
-  static_assert(sizeof(typename State::Smem) <= (kIsSmall ? kSmallSmemSize : kLargeSmemSize));
-  auto* d_states = static_cast<typename State::TSaved*>(params.workspace);
-  auto* group_sums = reinterpret_cast<float4*>(static_cast<char*>(params.workspace) + workspace.d_states_size);
+template <typename T, int HEAD_DIM, int kNumStages>
+cudaError_t launch_bwd_state(const GatedDeltaRuleBwdParams& params, cudaStream_t stream) {
+  using Traits = BwdStateTraits<T, HEAD_DIM, kNumStages>;
   const GatedDeltaRuleShape& shape = params.shape;
-  const int64_t num_v_tiles = (shape.value_dim + State::BLOCK_V - 1) / State::BLOCK_V;
-  const cudaError_t error =
-      launch_with_smem(gated_delta_rule_bwd_state_kernel<State>, shape.num_seqs * shape.num_value_heads * num_v_tiles,
-                       State::kNumThreads, sizeof(typename State::Smem), stream, params, d_states);
-  if (error != cudaSuccess) return error;
-  return launch_with_smem(gated_delta_rule_bwd_chunk_kernel<Chunk>, workspace.num_chunk_slots * shape.num_heads,
-                          Chunk::kNumThreads, sizeof(typename Chunk::Smem), stream, params, d_states, group_sums);
+  const int64_t num_v_tiles = (shape.value_dim + Traits::BLOCK_V - 1) / Traits::BLOCK_V;
+  auto* d_states = static_cast<typename Traits::TSaved*>(params.workspace);
+  return launch_with_smem(gated_delta_rule_bwd_state_kernel<Traits>,
+                          shape.num_seqs * shape.num_value_heads * num_v_tiles, Traits::kNumThreads,
+                          sizeof(typename Traits::Smem), stream, params, d_states);
+}
+
+template <typename T, int HEAD_DIM, bool kIsSmall>
+cudaError_t launch_bwd_chunk(const GatedDeltaRuleBwdParams& params, const BwdWorkspace& workspace,
+                             cudaStream_t stream) {
+  using Traits = BwdChunkTraits<T, HEAD_DIM, kIsSmall>;
+  const auto* d_states = static_cast<const typename Traits::TSaved*>(params.workspace);
+  auto* group_sums = reinterpret_cast<float4*>(static_cast<char*>(params.workspace) + workspace.d_states_size);
+  return launch_with_smem(gated_delta_rule_bwd_chunk_kernel<Traits>, workspace.num_chunk_slots * params.shape.num_heads,
+                          Traits::kNumThreads, sizeof(typename Traits::Smem), stream, params, d_states, group_sums);
 }
 
 template <typename T, int HEAD_DIM>
 cudaError_t run_gated_delta_rule_bwd(const GatedDeltaRuleBwdParams& params, const BwdWorkspace& workspace,
                                      const Launch& launch) {
+  static_assert(sizeof(typename BwdStateTraits<T, HEAD_DIM, 1>::Smem) <= kSmallSmemSize);
+  static_assert(sizeof(typename BwdStateTraits<T, HEAD_DIM, 2>::Smem) <= kMediumSmemSize);
+  static_assert(sizeof(typename BwdStateTraits<T, HEAD_DIM, 3>::Smem) <= kLargeSmemSize);
+  static_assert(sizeof(typename BwdChunkTraits<T, HEAD_DIM, true>::Smem) <= kSmallSmemSize);
+  static_assert(sizeof(typename BwdChunkTraits<T, HEAD_DIM, false>::Smem) <= kMediumSmemSize);
   const auto stream = static_cast<cudaStream_t>(launch.stream);
-  return has_large_smem(launch.arch) ? launch_bwd<T, HEAD_DIM, false>(params, workspace, stream)
-                                     : launch_bwd<T, HEAD_DIM, true>(params, workspace, stream);
+  const int smem_size = smem_size_of(launch.arch);
+  const cudaError_t error = smem_size == kLargeSmemSize    ? launch_bwd_state<T, HEAD_DIM, 3>(params, stream)
+                            : smem_size == kMediumSmemSize ? launch_bwd_state<T, HEAD_DIM, 2>(params, stream)
+                                                           : launch_bwd_state<T, HEAD_DIM, 1>(params, stream);
+  if (error != cudaSuccess) return error;
+  return smem_size == kSmallSmemSize ? launch_bwd_chunk<T, HEAD_DIM, true>(params, workspace, stream)
+                                     : launch_bwd_chunk<T, HEAD_DIM, false>(params, workspace, stream);
 }
 
 }  // namespace remora

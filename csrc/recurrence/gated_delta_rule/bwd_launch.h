@@ -7,11 +7,14 @@
 
 namespace remora {
 
-/// Shared memory a CTA may use: every device of compute capability 8.0 or more; 8.0, 9.0 and 10.x.
+/// Shared memory a CTA may use on 8.6, 8.9 and 12.x; on 8.0; on 9.0 and 10.x.
 constexpr int kSmallSmemSize = 99 * 1024;
-constexpr int kLargeSmemSize = 163 * 1024;
+constexpr int kMediumSmemSize = 163 * 1024;
+constexpr int kLargeSmemSize = 227 * 1024;
 
-constexpr bool has_large_smem(int arch) { return arch == 80 || (arch >= 90 && arch < 120); }
+constexpr int smem_size_of(int arch) {
+  return arch >= 90 && arch < 120 ? kLargeSmemSize : arch == 80 ? kMediumSmemSize : kSmallSmemSize;
+}
 
 /// Parts of the workspace, in this order.
 struct BwdWorkspace {

@@ -12,8 +12,8 @@
 //   d_final_state, d_initial_state       [N, HV, K, V] or [N, HV, V, K], float
 //
 // Grid: one CTA per (sequence, value head, BLOCK_V columns of V). Warps 0..3 carry dS^T of 16 columns each in
-// accumulators, which are operands of the next product as they are. Warps 4..7 load Q, K, dO, and prepare A and Y one
-// chunk ahead. Named barriers hand the stages over: kFull + stage, kEmpty + stage.
+// accumulators, which are operands of the next product as they are. Groups of four further warps load Q, K, dO and
+// prepare A and Y of the chunks ahead, in turn. Named barriers hand the stages over: kFull + stage, kEmpty + stage.
 #pragma once
 #include "common/barrier.cuh"
 #include "common/copy.cuh"
@@ -25,10 +25,11 @@ namespace remora {
 struct StatePlace {
   int64_t offset, k_stride, v_stride;
   int num_k, num_v;  // within the warp's 16 columns of V
+  int lane_idx;
 
   template <typename Body>
   __device__ __forceinline__ void for_each(int tile, const Body& body) const {
-    const int row = threadIdx.x % 32 / 4, col = threadIdx.x % 4 * 2;
+    const int row = lane_idx / 4, col = lane_idx % 4 * 2;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int k = tile * 8 + col + i % 2, v = row + i / 2 * 8;
@@ -37,33 +38,28 @@ struct StatePlace {
   }
 };
 
-/// Stores dS^T as rows of HEAD_DIM elements. Neighbouring lanes exchange halves so that a row gets whole sectors.
+/// Stores 16 columns of dS^T in rows of HEAD_DIM elements. Neighbouring lanes exchange halves so that a row gets whole
+/// sectors.
 template <typename TSaved, int HEAD_DIM>
-__device__ __forceinline__ void store_d_state(TSaved* rows, const FragC (&d_state)[HEAD_DIM / 8], int num_rows) {
+__device__ __forceinline__ void store_d_state(TSaved* rows, const FragC& lo, const FragC& hi, int num_rows) {
   const int row = threadIdx.x % 32 / 4, lane = threadIdx.x % 4;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    TSaved* out = rows + (row + i * 8) * int64_t{HEAD_DIM};
+    TSaved* out = rows + (row + i * 8) * HEAD_DIM;
     const bool valid = row + i * 8 < num_rows;
-#pragma unroll
-    for (int n = 0; n < HEAD_DIM / 8; n += 2) {
-      if constexpr (sizeof(TSaved) == 4) {
-        if (valid) {
-#pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            *reinterpret_cast<float2*>(out + (n + h) * 8 + lane * 2) = {d_state[n + h].r[2 * i],
-                                                                        d_state[n + h].r[2 * i + 1]};
-          }
-        }
-      } else {
-        const uint32_t first = pack<TSaved>(d_state[n].r[2 * i], d_state[n].r[2 * i + 1]);
-        const uint32_t second = pack<TSaved>(d_state[n + 1].r[2 * i], d_state[n + 1].r[2 * i + 1]);
-        const bool is_odd = lane % 2;
-        const uint32_t other = __shfl_xor_sync(kFullWarp, is_odd ? first : second, 1);
-        if (valid) {
-          *reinterpret_cast<uint2*>(out + (n + lane % 2) * 8 + lane / 2 * 4) =
-              is_odd ? make_uint2(other, second) : make_uint2(first, other);
-        }
+    if constexpr (sizeof(TSaved) == 4) {
+      if (valid) {
+        *reinterpret_cast<float2*>(out + lane * 2) = {lo.r[2 * i], lo.r[2 * i + 1]};
+        *reinterpret_cast<float2*>(out + 8 + lane * 2) = {hi.r[2 * i], hi.r[2 * i + 1]};
+      }
+    } else {
+      const uint32_t first = pack<TSaved>(lo.r[2 * i], lo.r[2 * i + 1]);
+      const uint32_t second = pack<TSaved>(hi.r[2 * i], hi.r[2 * i + 1]);
+      const bool is_odd = lane % 2;
+      const uint32_t other = __shfl_xor_sync(kFullWarp, is_odd ? first : second, 1);
+      if (valid) {
+        *reinterpret_cast<uint2*>(out + lane % 2 * 8 + lane / 2 * 4) =
+            is_odd ? make_uint2(other, second) : make_uint2(first, other);
       }
     }
   }
@@ -77,8 +73,8 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
   using TY = typename Traits::TY;
   using Smem = typename Traits::Smem;
   constexpr int BLOCK_T = Traits::BLOCK_T, BLOCK_V = Traits::BLOCK_V, HEAD_DIM = Traits::HEAD_DIM;
-  constexpr int kNumThreads = Traits::kNumThreads, kNumChainWarps = Traits::kNumChainWarps;
-  constexpr int kNumPrepared = Traits::kNumPrepared, kNumLoads = Traits::kNumLoads;
+  constexpr int kNumChainWarps = Traits::kNumChainWarps;
+  constexpr int kNumGroups = Traits::kNumGroups, kNumStages = Traits::kNumStages;
   constexpr int kTilesT = BLOCK_T / 8, kTilesK = HEAD_DIM / 8;
   using KeyTile = SmemTile<T, HEAD_DIM>;
   using ValueTile = SmemTile<T, BLOCK_V>;
@@ -94,17 +90,17 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
   const int64_t key_head = head / (shape.num_value_heads / shape.num_heads);
   const Sequence seq = find_sequence(shape, params.cu_seqlens, seq_idx);
   const int64_t batch_idx = seq.first_token / shape.seqlen, token_idx = seq.first_token % shape.seqlen;
-  const int64_t num_chunks = (seq.num_tokens + BLOCK_T - 1) / BLOCK_T;
+  const int seq_tokens = static_cast<int>(seq.num_tokens), num_chunks = (seq_tokens + BLOCK_T - 1) / BLOCK_T;
   const int head_dim = static_cast<int>(shape.head_dim), value_dim = static_cast<int>(shape.value_dim);
   const int v0 = static_cast<int>(blockIdx.x % num_v_tiles) * BLOCK_V;
   const int64_t value_stride = shape.num_value_heads * value_dim;
-  const auto tokens_of = [&](int64_t chunk_idx) {
-    return static_cast<int>(min(int64_t{BLOCK_T}, seq.num_tokens - chunk_idx * BLOCK_T));
-  };
 
-  if (warp_idx >= kNumChainWarps) {  // loads, and prepares
-    const int thread_idx = threadIdx.x - kNumChainWarps * 32;
-    constexpr int kRoleThreads = Traits::kNumPrepareWarps * 32;
+  // A hand-over counts the chain and one group.
+  constexpr int kHandOverThreads = (kNumChainWarps + Traits::kNumPrepareWarps) * 32;
+  if (warp_idx >= kNumChainWarps) {
+    constexpr int kGroupThreads = Traits::kNumPrepareWarps * 32;
+    const int group_idx = warp_idx / Traits::kNumPrepareWarps - kNumChainWarps / Traits::kNumPrepareWarps;
+    const int thread_idx = threadIdx.x % kGroupThreads;
     const T* gmem_q = static_cast<const T*>(params.q) + batch_idx * params.q_stride.batch +
                       token_idx * params.q_stride.token + key_head * params.q_stride.head;
     const T* gmem_k = static_cast<const T*>(params.k) + batch_idx * params.k_stride.batch +
@@ -116,80 +112,89 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
     const bool k_aligned = rows_are_aligned(gmem_k, params.k_stride.token, head_dim);
     const bool d_o_aligned = rows_are_aligned(gmem_d_o, value_stride, num_cols);
 
-    const auto load = [&](int64_t iteration) {
-      const int64_t chunk_idx = num_chunks - 1 - iteration;
-      if (chunk_idx >= 0) {
-        typename Smem::Load& to = smem.load[iteration % kNumLoads];
-        const int64_t token = chunk_idx * BLOCK_T;
-        const int num_tokens = tokens_of(chunk_idx);
-        copy_tile_async<T, BLOCK_T, HEAD_DIM, kRoleThreads>(smem_address(to.k), gmem_k + token * params.k_stride.token,
-                                                            params.k_stride.token, num_tokens, head_dim, k_aligned,
-                                                            thread_idx);
-        copy_tile_async<T, BLOCK_T, HEAD_DIM, kRoleThreads>(smem_address(to.q), gmem_q + token * params.q_stride.token,
-                                                            params.q_stride.token, num_tokens, head_dim, q_aligned,
-                                                            thread_idx);
-        copy_tile_async<T, BLOCK_T, BLOCK_V, kRoleThreads>(smem_address(to.d_o), gmem_d_o + token * value_stride,
-                                                           value_stride, num_tokens, num_cols, d_o_aligned, thread_idx);
-        const int64_t gate = token_head + token * shape.num_value_heads;
-        load_gates(to.coef, params.g == nullptr ? nullptr : static_cast<const float*>(params.g) + gate,
-                   static_cast<const float*>(params.beta) + gate, shape.num_value_heads, num_tokens, thread_idx);
-      }
+    for (int iteration = group_idx; iteration < num_chunks; iteration += kNumGroups) {
+      const int stage_idx = iteration % kNumStages;
+      typename Smem::Stage& stage = smem.stage[stage_idx];
+      const int64_t token = (num_chunks - 1 - iteration) * int64_t{BLOCK_T};
+      const int num_tokens = min(BLOCK_T, seq_tokens - static_cast<int>(token));
+      const ChunkTiles<BLOCK_T> tiles = {smem_address(stage.k),
+                                         smem_address(stage.q),
+                                         smem_address(stage.a),
+                                         smem_address(stage.y),
+                                         smem_address(smem.scratch[group_idx]),
+                                         &stage.coef};
+      if (iteration >= kNumStages) named_barrier_sync(Traits::kEmpty + stage_idx, kHandOverThreads);
+      const int64_t gate = token_head + token * shape.num_value_heads;
+      load_gates(stage.coef, params.g == nullptr ? nullptr : static_cast<const float*>(params.g) + gate,
+                 static_cast<const float*>(params.beta) + gate, shape.num_value_heads, num_tokens, thread_idx);
+      copy_tile_async<T, BLOCK_T, HEAD_DIM, kGroupThreads>(tiles.k, gmem_k + token * params.k_stride.token,
+                                                           params.k_stride.token, num_tokens, head_dim, k_aligned,
+                                                           thread_idx);
+      copy_tile_async<T, BLOCK_T, HEAD_DIM, kGroupThreads>(tiles.q, gmem_q + token * params.q_stride.token,
+                                                           params.q_stride.token, num_tokens, head_dim, q_aligned,
+                                                           thread_idx);
+      copy_tile_async<T, BLOCK_T, BLOCK_V, kGroupThreads>(smem_address(stage.d_o), gmem_d_o + token * value_stride,
+                                                          value_stride, num_tokens, num_cols, d_o_aligned, thread_idx);
       cp_async_commit();
-    };
-
-    constexpr int kAhead = kNumLoads - kNumPrepared;
-    if constexpr (kAhead == 1) load(0);
-    for (int64_t iteration = 0; iteration < num_chunks; ++iteration) {
-      const int stage_idx = static_cast<int>(iteration % kNumPrepared);
-      if (iteration >= kNumPrepared) named_barrier_sync(Traits::kEmpty + stage_idx, kNumThreads);
-      load(iteration + kAhead);
-      cp_async_wait<kAhead>();
-      role_barrier<Traits::kNumPrepareWarps>(Traits::kPrepareRole);
-      typename Smem::Load& from = smem.load[iteration % kNumLoads];
-      typename Smem::Prepared& to = smem.prepared[stage_idx];
-      const ChunkTiles<BLOCK_T> tiles = {smem_address(from.k), smem_address(from.q),       smem_address(to.a),
-                                         smem_address(to.y),   smem_address(smem.scratch), &from.coef};
+      cp_async_wait<0>();
+      role_barrier<Traits::kNumPrepareWarps>(Traits::kPrepareRole + group_idx);
       prepare_chunk<T, HEAD_DIM, BLOCK_T, Traits::kNumPrepareWarps, true, TY>(
-          tiles, static_cast<float>(params.scale), params.use_qk_l2norm, warp_idx - kNumChainWarps,
-          Traits::kPrepareRole);
-      named_barrier_arrive(Traits::kFull + stage_idx, kNumThreads);
+          tiles, static_cast<float>(params.scale), params.use_qk_l2norm, warp_idx % Traits::kNumPrepareWarps,
+          Traits::kPrepareRole + group_idx);
+      named_barrier_arrive(Traits::kFull + stage_idx, kHandOverThreads);
     }
     return;
   }
 
   const int lane_idx = threadIdx.x % 32, row = lane_idx / 4, col = lane_idx % 4 * 2;
-  const int warp_v0 = v0 + warp_idx * 16, num_v = value_dim - warp_v0;
-  const StatePlace state_place = {((seq_idx * shape.num_value_heads + head) * head_dim) * value_dim +
-                                      warp_v0 * static_cast<int64_t>(params.state_v_first ? head_dim : 1),
-                                  params.state_v_first ? 1 : value_dim, params.state_v_first ? head_dim : 1, head_dim,
-                                  num_v};
+  const int warp_v0 = v0 + warp_idx * 16;
+  auto& target = smem.target[warp_idx];
+  // Every lane writes the same.
+  target.d_state =
+      d_states +
+      ((first_chunk_slot<BLOCK_T>(seq, seq_idx) * shape.num_value_heads + head) * value_dim + warp_v0) * HEAD_DIM;
+  target.x = static_cast<T*>(params.dv) + (seq.first_token * shape.num_value_heads + head) * value_dim + warp_v0;
+  target.value_stride = value_stride;
+  target.num_tokens = seq_tokens;
+  target.num_v = value_dim - warp_v0;
+  target.state_offset = (seq_idx * shape.num_value_heads + head) * head_dim * value_dim +
+                        warp_v0 * int64_t{params.state_v_first ? head_dim : 1};
+  __syncwarp();
+  const auto state_place = [&] {
+    const int thread_idx = read_thread_idx();
+    const auto& from = smem.target[thread_idx / 32];
+    return StatePlace{from.state_offset,
+                      params.state_v_first ? 1 : value_dim,
+                      params.state_v_first ? head_dim : 1,
+                      head_dim,
+                      from.num_v,
+                      thread_idx % 32};
+  };
   FragC d_state[kTilesK] = {};
   if (params.d_final_state != nullptr) {
+    const StatePlace from = state_place();
 #pragma unroll
     for (int n = 0; n < kTilesK; ++n) {
-      state_place.for_each(
-          n, [&](int i, int64_t at) { d_state[n].r[i] = static_cast<const float*>(params.d_final_state)[at]; });
+      from.for_each(n,
+                    [&](int i, int64_t at) { d_state[n].r[i] = static_cast<const float*>(params.d_final_state)[at]; });
     }
   }
 
-  const int64_t first_slot = first_chunk_slot<BLOCK_T>(seq, seq_idx);
-  for (int64_t iteration = 0; iteration < num_chunks; ++iteration) {
-    const int64_t chunk_idx = num_chunks - 1 - iteration;
-    const int stage_idx = static_cast<int>(iteration % kNumPrepared);
-    store_d_state<typename Traits::TSaved, HEAD_DIM>(
-        d_states + (((first_slot + chunk_idx) * shape.num_value_heads + head) * value_dim + warp_v0) * HEAD_DIM,
-        d_state, num_v);
+  for (int chunk_idx = num_chunks - 1; chunk_idx >= 0; --chunk_idx) {
+    const int stage_idx = (num_chunks - 1 - chunk_idx) % kNumStages;
+    named_barrier_sync(Traits::kFull + stage_idx, kHandOverThreads);
+    typename Smem::Stage& stage = smem.stage[stage_idx];
+    const uint32_t smem_q = smem_address(stage.q), smem_k = smem_address(stage.k), smem_d_o = smem_address(stage.d_o);
+    const uint32_t smem_a = smem_address(stage.a), smem_y = smem_address(stage.y);
+    const ChunkCoefficients<BLOCK_T>& coef = stage.coef;
 
-    named_barrier_sync(Traits::kFull + stage_idx, kNumThreads);
-    typename Smem::Load& load = smem.load[iteration % kNumLoads];
-    const uint32_t smem_q = smem_address(load.q), smem_k = smem_address(load.k), smem_d_o = smem_address(load.d_o);
-    const uint32_t smem_a = smem_address(smem.prepared[stage_idx].a), smem_y = smem_address(smem.prepared[stage_idx].y);
-    const ChunkCoefficients<BLOCK_T>& coef = load.coef;
-
-    // dU^T
+    // dU^T; dS^T leaves on the way
+    auto* gmem_d_state = target.d_state + chunk_idx * (target.value_stride * HEAD_DIM);
     FragC du[kTilesT] = {};
 #pragma unroll
     for (int step = 0; step < kTilesK; step += 2) {
+      store_d_state<typename Traits::TSaved, HEAD_DIM>(gmem_d_state + step * 8, d_state[step], d_state[step + 1],
+                                                       target.num_v);
       const FragA<T> a = make_a<T>(d_state[step], d_state[step + 1]);
 #pragma unroll
       for (int n = 0; n < kTilesT; n += 2) {
@@ -217,50 +222,56 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
       }
     }
 
-    // X^T
-    FragC x[kTilesT] = {};
-    {
-      float largest[2] = {};
+    // X^T in place of dU^T, for 16-bit Y within the range of fp16
+    FragC(&x)[kTilesT] = du;
+    float up[2] = {1.f, 1.f};
+    if constexpr (sizeof(TY) == 2) {
+      float largest[2] = {}, down[2];
 #pragma unroll
       for (int n = 0; n < kTilesT; ++n) {
         const float2 beta = *reinterpret_cast<const float2*>(&coef.beta[n * 8 + col]);
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-          largest[i / 2] = fmaxf(largest[i / 2], fabsf((i % 2 ? beta.y : beta.x) * du[n].r[i]));
-      }
-      float down[2] = {1.f, 1.f}, up[2] = {1.f, 1.f};
-      if constexpr (sizeof(TY) == 2) {
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          largest[h] = fmaxf(largest[h], __shfl_xor_sync(kFullWarp, largest[h], 1));
-          largest[h] = fmaxf(largest[h], __shfl_xor_sync(kFullWarp, largest[h], 2));
-          const HalfRange range(largest[h]);
-          down[h] = range.down;
-          up[h] = range.up;
+        for (int i = 0; i < 4; ++i) {
+          largest[i / 2] = fmaxf(largest[i / 2], fabsf((i % 2 ? beta.y : beta.x) * x[n].r[i]));
         }
       }
 #pragma unroll
-      for (int i = 0; i < kTilesT / 2; ++i) {
-        FragC beta_du[2];
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const float2 beta = *reinterpret_cast<const float2*>(&coef.beta[i * 16 + h * 8 + col]);
-#pragma unroll
-          for (int e = 0; e < 4; ++e) beta_du[h].r[e] = du[2 * i + h].r[e] * ((e % 2 ? beta.y : beta.x) * down[e / 2]);
-        }
-        const FragA<TY> a = make_a<TY>(beta_du[0], beta_du[1]);
-#pragma unroll
-        for (int j = 0; j <= i; ++j) {
-          FragB<TY> b[2];
-          SmemBlock<TY>::load_b_trans(b, smem_y + CausalTile<TY, BLOCK_T>::block(i, j));
-          mma(x[2 * j], a, b[0]);
-          mma(x[2 * j + 1], a, b[1]);
-        }
+      for (int h = 0; h < 2; ++h) {
+        largest[h] = fmaxf(largest[h], __shfl_xor_sync(kFullWarp, largest[h], 1));
+        largest[h] = fmaxf(largest[h], __shfl_xor_sync(kFullWarp, largest[h], 2));
+        const HalfRange range(largest[h]);
+        down[h] = range.down;
+        up[h] = range.up;
       }
 #pragma unroll
       for (int n = 0; n < kTilesT; ++n) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) x[n].r[i] = du[n].r[i] + up[i / 2] * x[n].r[i];  // y holds -Y
+        for (int i = 0; i < 4; ++i) x[n].r[i] *= down[i / 2];
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kTilesT / 2; ++i) {  // block i is still dU^T when it becomes an operand
+      FragC beta_du[2];
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float2 beta = *reinterpret_cast<const float2*>(&coef.beta[i * 16 + h * 8 + col]);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) beta_du[h].r[e] = x[2 * i + h].r[e] * (e % 2 ? beta.y : beta.x);
+      }
+      const FragA<TY> a = make_a<TY>(beta_du[0], beta_du[1]);
+#pragma unroll
+      for (int j = 0; j <= i; ++j) {
+        FragB<TY> b[2];
+        SmemBlock<TY>::load_b_trans(b, smem_y + CausalTile<TY, BLOCK_T>::block(i, j));  // -Y
+        mma(x[2 * j], a, b[0]);
+        mma(x[2 * j + 1], a, b[1]);
+      }
+    }
+    if constexpr (sizeof(TY) == 2) {
+#pragma unroll
+      for (int n = 0; n < kTilesT; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) x[n].r[i] *= up[i / 2];
       }
     }
 
@@ -304,9 +315,9 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
     }
 
     // X leaves through the warp's own columns of dO.
-    const int num_tokens = tokens_of(chunk_idx);
-    T* gmem_x = static_cast<T*>(params.dv) +
-                ((seq.first_token + chunk_idx * BLOCK_T) * shape.num_value_heads + head) * value_dim + warp_v0;
+    const int num_tokens = min(BLOCK_T, target.num_tokens - chunk_idx * BLOCK_T), num_v = target.num_v;
+    const int64_t value_stride = target.value_stride;
+    T* gmem_x = target.x + chunk_idx * (BLOCK_T * value_stride);
     if constexpr (sizeof(T) == 4) {
 #pragma unroll
       for (int n = 0; n < kTilesT; ++n) {
@@ -349,14 +360,14 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
         }
       }
     }
-    if (iteration + kNumPrepared < num_chunks) named_barrier_arrive(Traits::kEmpty + stage_idx, kNumThreads);
+    if (chunk_idx >= kNumStages) named_barrier_arrive(Traits::kEmpty + stage_idx, kHandOverThreads);
   }
 
   if (params.d_initial_state != nullptr) {
+    const StatePlace to = state_place();
 #pragma unroll
     for (int n = 0; n < kTilesK; ++n) {
-      state_place.for_each(
-          n, [&](int i, int64_t at) { static_cast<float*>(params.d_initial_state)[at] = d_state[n].r[i]; });
+      to.for_each(n, [&](int i, int64_t at) { static_cast<float*>(params.d_initial_state)[at] = d_state[n].r[i]; });
     }
   }
 }

@@ -18,33 +18,39 @@ struct BwdTraits {
   static constexpr int BLOCK_T = sizeof(T) == 2 ? 64 : 32;
 };
 
-/// State kernel: warps 0..3 carry 16 columns of V each, warps 4..7 prepare the next chunk. Q, K and dO of
-/// kNumLoads chunks and A, Y of kNumPrepared chunks are in flight; 1 and 1 where shared memory is small.
-template <typename T_, int HEAD_DIM_, bool kIsSmall>
+/// State kernel: warps 0..3 carry 16 columns of V each; kNumGroups groups of four warps load and prepare chunks in
+/// turn, as preparing takes about as long as two steps of the chain. A stage holds one chunk; one where shared memory
+/// is small.
+template <typename T_, int HEAD_DIM_, int kNumStages_>
 struct BwdStateTraits : BwdTraits<T_, HEAD_DIM_> {
   static constexpr int BLOCK_V = 64;
   static constexpr int kNumChainWarps = BLOCK_V / 16;
-  static constexpr int kNumPrepareWarps = 4;
-  static constexpr int kNumThreads = (kNumChainWarps + kNumPrepareWarps) * 32;
-  static constexpr int kNumPrepared = kIsSmall ? 1 : 2;
-  static constexpr int kNumLoads = kIsSmall ? 1 : 3;
-  static_assert(kNumLoads == kNumPrepared || kNumLoads == kNumPrepared + 1, "loads run at most one chunk ahead");
+  static constexpr int kNumStages = kNumStages_;
+  static constexpr int kNumGroups = kNumStages == 1 ? 1 : 2;
+  static constexpr int kNumPrepareWarps = 4;  // of a group
+  static constexpr int kNumThreads = (kNumChainWarps + kNumGroups * kNumPrepareWarps) * 32;
 
-  enum Barrier { kPrepareRole = 1, kFull, kEmpty = kFull + kNumPrepared };
+  enum Barrier { kPrepareRole = 1, kFull = kPrepareRole + kNumGroups, kEmpty = kFull + kNumStages };
 
   struct Smem {
     using Base = BwdTraits<T_, HEAD_DIM_>;
-    struct Load {
+    struct Stage {
       alignas(128) uint8_t q[Base::BLOCK_T * HEAD_DIM_ * sizeof(T_)];
       alignas(128) uint8_t k[Base::BLOCK_T * HEAD_DIM_ * sizeof(T_)];
-      alignas(128) uint8_t d_o[Base::BLOCK_T * BLOCK_V * sizeof(T_)];  // its columns of X on the way out
-      ChunkCoefficients<Base::BLOCK_T> coef;
-    } load[kNumLoads];
-    struct Prepared {
+      alignas(128) uint8_t d_o[Base::BLOCK_T * BLOCK_V * sizeof(T_)];  // X on the way out
       alignas(128) uint8_t a[CausalTile<T_, Base::BLOCK_T>::SIZE];
       alignas(128) uint8_t y[CausalTile<typename Base::TY, Base::BLOCK_T>::SIZE];
-    } prepared[kNumPrepared];
-    alignas(128) uint8_t scratch[CausalTile<float, Base::BLOCK_T>::SIZE];
+      ChunkCoefficients<Base::BLOCK_T> coef;
+    } stage[kNumStages];
+    alignas(128) uint8_t scratch[kNumGroups][CausalTile<float, Base::BLOCK_T>::SIZE];
+    /// Where a warp of the chain writes, for the first chunk of the sequence; here for want of registers.
+    struct Target {
+      typename Base::TSaved* d_state;
+      T_* x;
+      int64_t value_stride, state_offset;  // the latter in the initial and final state
+      int num_tokens;
+      int num_v;  // columns of V from the warp's first on
+    } target[kNumChainWarps];
   };
 };
 

@@ -189,7 +189,9 @@ def results(function, inputs: Inputs) -> dict[str, torch.Tensor]:
 def chunked_in_plain_torch(
     q, k, v, g, beta, initial_state, scale, output_final_state, cu_seqlens, use_qk_l2norm_in_kernel, state_v_first
 ):
-    """The chunked form as one writes it in PyTorch, matrix products in the dtype of q, decay and state in float32."""
+    """The chunked form as one writes it in PyTorch: matrix products and the states between chunks in the dtype of q,
+    gates and the triangular solve in float32.
+    """
     chunk, dtype = 64, q.dtype
     wide = torch.promote_types(dtype, torch.float32)
     HV, K, V = v.shape[2], q.shape[3], v.shape[3]
@@ -204,10 +206,10 @@ def chunked_in_plain_torch(
         bounds = list(zip(cu_seqlens.tolist(), cu_seqlens.tolist()[1:], strict=False))
     outputs, states = [], []
     for n, (begin, end) in enumerate(bounds):
-        state = torch.zeros(q.shape[0], HV, K, V, dtype=wide)
+        state = torch.zeros(q.shape[0], HV, K, V, dtype=dtype)
         if initial_state is not None:
             state = initial_state if cu_seqlens is None else initial_state[n : n + 1]
-            state = state.transpose(-1, -2) if state_v_first else state
+            state = (state.transpose(-1, -2) if state_v_first else state).to(dtype)
         for start in range(begin, end, chunk):
             rows = slice(start, min(start + chunk, end))
             Q, K_, V_, b = q[:, :, rows], k[:, :, rows], v[:, :, rows], beta[:, :, rows, None]
@@ -216,16 +218,16 @@ def chunked_in_plain_torch(
             D = (G[..., :, None] - G[..., None, :]).masked_fill(~lower, -torch.inf).exp()
             decay = G.exp()[..., None]
             L = b * (K_ @ K_.transpose(-1, -2)).to(wide) * D * lower.tril(-1)
-            R = b * (V_.to(wide) - decay * (K_ @ state.to(dtype)).to(wide))
+            R = b * (V_.to(wide) - decay * (K_ @ state).to(wide))
             U = torch.linalg.solve_triangular(L + torch.eye(len(lower), dtype=wide), R, upper=False).to(dtype)
             A = ((Q @ K_.transpose(-1, -2)).to(wide) * D).to(dtype)
-            outputs.append((scale * (decay * (Q @ state.to(dtype)).to(wide) + (A @ U).to(wide))).to(dtype))
+            outputs.append((scale * (decay * (Q @ state).to(wide) + (A @ U).to(wide))).to(dtype))
             rest = (G[..., -1:] - G).exp()[..., None]
             update = ((K_.to(wide) * rest).to(dtype).transpose(-1, -2) @ U).to(wide)
-            state = decay[..., -1:, :] * state + update
+            state = (decay[..., -1:, :] * state.to(wide) + update).to(dtype)
         states.append(state)
     o = torch.cat(outputs, dim=2).transpose(1, 2) if outputs else v.transpose(1, 2)
-    final = states[0] if cu_seqlens is None else torch.cat(states)
+    final = (states[0] if cu_seqlens is None else torch.cat(states)).to(wide)
     final = final.transpose(-1, -2) if state_v_first else final
     return o, final if output_final_state else None
 

@@ -188,9 +188,9 @@ def test_one_tensor_as_query_and_key():
 
 
 LOGITS = {
-    "float32": Case(T=70, HV=4, state=1.0),
-    "bfloat16": Case(T=70, HV=4, state=1.0, dtype=torch.bfloat16),
-    **({} if SIM else {"float64": Case(T=70, HV=4, state=1.0, dtype=torch.float64)}),
+    "float32": Case(T=70, HV=4),
+    "bfloat16": Case(T=70, HV=4, dtype=torch.bfloat16),
+    **({} if SIM else {"float64": Case(T=70, HV=4, dtype=torch.float64)}),
 }
 
 
@@ -207,7 +207,7 @@ def test_gate_and_beta_from_logits(case, function, with_bias, neg_eigval):
         x["beta"] = (4 * x["beta"].detach() - 2).requires_grad_()
         if with_bias:
             x["dt_bias"].requires_grad_()
-        for name in ("q", "k", "v", "initial_state"):
+        for name in ("q", "k", "v"):
             x[name] = x[name].detach().requires_grad_()
         return results(rule, inputs)
 

@@ -70,7 +70,12 @@ REMORA_INLINE Vec<T> broadcast(T x) {
 using Half = VectorOf<uint16_t, kWidth<float>>::Type;  // as many 16-bit lanes as a vector has floats
 
 REMORA_INLINE Vec<float> widen_bfloat16(Half h) {
+#if defined(__AVX512F__)
+  // The compiler's own conversion goes through two halves.
+  return reinterpret_cast<Vec<float>>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(h)), 16));
+#else
   return reinterpret_cast<Vec<float>>(__builtin_convertvector(h, Vec<uint32_t>) << 16);
+#endif
 }
 
 REMORA_INLINE Half narrow_bfloat16(Vec<float> x) {

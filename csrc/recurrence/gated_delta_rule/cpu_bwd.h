@@ -281,21 +281,19 @@ REMORA_INLINE void load_rows(T* rows, const E* data, int64_t data_stride, int64_
   }
 }
 
-/// dx = norm (dy - y <dy, y>) for y = norm x; without norm dx = dy.
+/// dx = norm (dy - y <dy, y>) for y = norm x, from zero-padded rows of dy and x; dx = dy without a norm.
 template <class T, class E>
-REMORA_INLINE void store_gradient(E* out, const T* gradient, const E* x, T norm, int64_t dims, bool use_l2norm) {
+REMORA_INLINE void store_gradient(E* out, const T* gradient, const T* x, T norm, int64_t dims, bool use_l2norm) {
   constexpr int w = kWidth<T>;
-  const auto row = [&](int64_t d)
-                       REMORA_ALWAYS_INLINE { return dims - d >= w ? load<T>(x + d) : load_first<T>(x + d, dims - d); };
   T along = 0;
   if (use_l2norm) {
     Vec<T> dot{};
-    for (int64_t d = 0; d < dims; d += w) dot += row(d) * load<T>(gradient + d);
+    for (int64_t d = 0; d < dims; d += w) dot += load<T>(x + d) * load<T>(gradient + d);
     along = sum<T>(dot) * norm * norm;
   }
   for (int64_t d = 0; d < dims; d += w) {
     Vec<T> y = load<T>(gradient + d);
-    if (use_l2norm) y = (y - row(d) * along) * norm;
+    if (use_l2norm) y = (y - load<T>(x + d) * along) * norm;
     if (dims - d >= w) {
       store<T>(out + d, y);
     } else {
@@ -436,6 +434,16 @@ void bwd(const GatedDeltaRuleBwdParams& p, const GatedDeltaRuleSequence& sequenc
                            dq + d, dk + d, padded, lanes_reads, lanes_writes, scale, r == 0);
         }
 
+        if (r + 1 == group) {
+          for (int64_t i = 0; i < tokens; ++i) {
+            const int64_t at = ((token_row + i) * shape.num_heads + head) * dims;
+            store_gradient(static_cast<E*>(p.dq) + at, dq + i * padded, scratch.q_rows + i * padded, key.q_norm[i],
+                           dims, p.use_qk_l2norm);
+            store_gradient(static_cast<E*>(p.dk) + at, dk + i * padded, scratch.k_rows + i * padded, key.k_norm[i],
+                           dims, p.use_qk_l2norm);
+          }
+        }
+
         alignas(64) T d_beta[kChunk], reads[kChunk], writes[kChunk];
         sum_chunk_rows(d_beta, lanes_beta);
         T* d_beta_out = static_cast<T*>(p.dbeta) + row;
@@ -445,16 +453,6 @@ void bwd(const GatedDeltaRuleBwdParams& p, const GatedDeltaRuleSequence& sequenc
         sum_chunk_rows(writes, lanes_writes);
         gate_gradient(static_cast<T*>(p.dg) + row, value_heads, tokens, pair.gate, reads, writes, through);
       }
-    }
-
-    for (int64_t i = 0; i < interval_tokens; ++i) {
-      const int64_t token = sequence.begin + start + i;
-      const int64_t at = (sequence.row(shape, start + i) * shape.num_heads + head) * dims;
-      const KeyChunk<Op>& key = scratch.keys[i / kChunk];
-      store_gradient(static_cast<E*>(p.dq) + at, scratch.dq + i * padded, q + token * p.q_stride.token,
-                     key.q_norm[i % kChunk], dims, p.use_qk_l2norm);
-      store_gradient(static_cast<E*>(p.dk) + at, scratch.dk + i * padded, k + token * p.k_stride.token,
-                     key.k_norm[i % kChunk], dims, p.use_qk_l2norm);
     }
   }
 

@@ -5,12 +5,13 @@
 //
 //   q, k [B, T, H, K]   v, o [B, T, HV, V]   g, beta [B, T, HV]   states [N, HV, K, V]
 //
-// Grid: (sequence, span, value head, 64 columns of V), flattened on x, columns fastest so that neighbours share K and
-// Q. Warps 0..3 (state): warp w owns 16 columns of V. S^T [16, K] are its accumulators; every product is of the form
+// Grid: (sequence, span, value head, 64 columns of V), flattened on x, columns fastest: neighbours share K and Q.
+//
+// Warps 0..3 (state): warp w owns 16 columns of V. S^T [16, K] are its accumulators; every product is of the form
 //   [16 columns of V, x] [x, y] with the left operand made of accumulators in registers and the right one read from K,
 //   Q, A or Y in shared memory, so the warps never wait for each other inside a chunk.
-// Warps 4, 5 (pair): A and L of a chunk.
-// Warps 6, 7 (inverse): copy K, Q, g, beta with cp.async, coefficients; -Y from L.
+// Warps 4, 5 (pair): coefficients, A and L of a chunk.
+// Warps 6, 7 (inverse): copy K, Q, g, beta with cp.async; -Y from L.
 // The roles form a pipeline over chunks, handed over by named barriers: a ring of stages, two copies of L. Every role
 // is bound by the latency of its own instructions, so short roles side by side beat one long role of more warps.
 //
@@ -42,7 +43,8 @@ enum FwdBarrier : int {
   kFwdEmpty = kFwdFull + kFwdMaxStages,    // per stage: state warps -> inverse warps
   kFwdLoaded = kFwdEmpty + kFwdMaxStages,  // chunk parity: inverse warps -> pair warps, which may write L
   kFwdPaired = kFwdLoaded + 2,             // chunk parity: pair warps -> inverse warps
-  kFwdInverse = kFwdPaired + 2,            // among the inverse warps
+  kFwdPair = kFwdPaired + 2,               // among the pair warps
+  kFwdInverse,                             // among the inverse warps
 };
 constexpr int kFwdStageThreads = 32 * (kFwdInverseWarps + kFwdStateWarps);
 constexpr int kFwdScratchThreads = 32 * (kFwdPairWarps + kFwdInverseWarps);
@@ -387,7 +389,7 @@ __device__ __forceinline__ void state_subroutine(const FwdKernelParams& params, 
   int remaining = static_cast<int>(work.end - work.begin);
   ValueFragment<T, BLOCK_T, kIsAligned> v;
   const int v_cols = is_transition ? 0 : num_cols;
-  v.load(gmem_v, op.v_stride.token, is_transition ? 0 : remaining, v_cols);
+  if constexpr (kIsAligned) v.load(gmem_v, op.v_stride.token, is_transition ? 0 : remaining, v_cols);
 
   const uint32_t smem_stages = smem + params.num_scratches * kTile.scratch_size();
   int stage_idx = 0;
@@ -429,6 +431,7 @@ __device__ __forceinline__ void state_subroutine(const FwdKernelParams& params, 
     }
 
     // R' and r
+    if constexpr (!kIsAligned) v.load(gmem_v, op.v_stride.token, is_transition ? 0 : remaining, v_cols);
     const auto column_pair = [&](const float* values, int i) {
       return *reinterpret_cast<const float2*>(values + i * 8 + lane_col);
     };
@@ -450,7 +453,9 @@ __device__ __forceinline__ void state_subroutine(const FwdKernelParams& params, 
       for (int j = 0; j < 4; ++j) r[i].r[j] = fmaf(-(j % 2 ? k_in.y : k_in.x), r[i].r[j], value.r[j]);
     }
     gmem_v += BLOCK_T * op.v_stride.token;
-    v.load(gmem_v, op.v_stride.token, is_transition ? 0 : remaining - BLOCK_T, v_cols);
+    if constexpr (kIsAligned) {
+      v.load(gmem_v, op.v_stride.token, is_transition ? 0 : remaining - BLOCK_T, v_cols);
+    }
     FragA<T> x[NUM_BLOCKS];
 #pragma unroll
     for (int j = 0; j < NUM_BLOCKS; ++j) x[j] = scaled_operand(r, coef.beta, j);
@@ -532,12 +537,14 @@ template <typename T, int HEAD_DIM, bool kHasQ>
 __device__ __forceinline__ void pair_subroutine(const FwdKernelParams& params, const FwdWork& work, uint32_t smem,
                                                 char* smem_ptr, int warp_idx) {
   constexpr int BLOCK_T = FwdTile{sizeof(T), HEAD_DIM}.block_t();
+  const float scale = static_cast<float>(params.op.scale);
+  const bool use_qk_l2norm = params.op.use_qk_l2norm;
   int stage_idx = 0, scratch_idx = 0, parity = 0;
   for (int remaining = static_cast<int>(work.end - work.begin); remaining > 0; remaining -= BLOCK_T) {
     named_barrier_sync(kFwdLoaded + parity, kFwdScratchThreads);
-    prepare_pairs<T, HEAD_DIM, BLOCK_T, kFwdPairWarps, kHasQ>(
-        chunk_tiles<T, HEAD_DIM, BLOCK_T>(params, smem, smem_ptr, stage_idx, scratch_idx),
-        static_cast<float>(params.op.scale), params.op.use_qk_l2norm, warp_idx);
+    const ChunkTiles<BLOCK_T> tiles = chunk_tiles<T, HEAD_DIM, BLOCK_T>(params, smem, smem_ptr, stage_idx, scratch_idx);
+    prepare_coefficients<T, HEAD_DIM, BLOCK_T, kFwdPairWarps, kHasQ>(tiles, scale, use_qk_l2norm, warp_idx, kFwdPair);
+    prepare_pairs<T, HEAD_DIM, BLOCK_T, kFwdPairWarps, kHasQ>(tiles, scale, use_qk_l2norm, warp_idx);
     named_barrier_arrive(kFwdPaired + parity, kFwdScratchThreads);
     parity ^= 1;
     stage_idx = next_in_ring(stage_idx, params.num_stages);
@@ -556,54 +563,52 @@ __device__ __forceinline__ void inverse_subroutine(const FwdKernelParams& params
   const int thread_idx = warp_idx * 32 + threadIdx.x % 32;
   const int64_t key_head = work.head / (shape.num_value_heads / shape.num_heads);
   const int64_t token0 = work.seq_begin + work.begin;
+  const int num_tokens = static_cast<int>(work.end - work.begin);
+  const int num_chunks = (num_tokens + BLOCK_T - 1) / BLOCK_T;
+  const int head_dim = static_cast<int>(shape.head_dim);
+
+  // Sources of the next copy
   const T* gmem_k = static_cast<const T*>(op.k) + work.batch * op.k_stride.batch + token0 * op.k_stride.token +
                     key_head * op.k_stride.head;
   const T* gmem_q = static_cast<const T*>(op.q) + work.batch * op.q_stride.batch + token0 * op.q_stride.token +
                     key_head * op.q_stride.head;
-  const int64_t gate_offset = (work.batch * shape.seqlen + token0) * shape.num_value_heads + work.head;
-  const int num_tokens = static_cast<int>(work.end - work.begin);
-  const int num_chunks = (num_tokens + BLOCK_T - 1) / BLOCK_T;
-  const auto tiles_of = [&](int stage_idx, int scratch_idx) {
-    return chunk_tiles<T, HEAD_DIM, BLOCK_T>(params, smem, smem_ptr, stage_idx, scratch_idx);
-  };
+  const int64_t gate_offset = (work.batch * shape.seqlen + token0 + thread_idx) * shape.num_value_heads + work.head;
+  const bool has_g = op.g != nullptr;
+  const float* gmem_beta = static_cast<const float*>(op.beta) + gate_offset;
+  const float* gmem_g = has_g ? static_cast<const float*>(op.g) + gate_offset : gmem_beta;
 
   const auto copy_chunk = [&](int chunk_idx, int stage_idx) {
-    if (chunk_idx < num_chunks) {
-      const ChunkTiles<BLOCK_T> tiles = tiles_of(stage_idx, 0);
-      const int64_t first = static_cast<int64_t>(chunk_idx) * BLOCK_T;
-      const int valid = min(num_tokens - chunk_idx * BLOCK_T, BLOCK_T);
-      const int cols = static_cast<int>(shape.head_dim);
-      copy_tile_async<T, BLOCK_T, HEAD_DIM, kNumRoleThreads>(tiles.k, gmem_k + first * op.k_stride.token,
-                                                             op.k_stride.token, valid, cols, kIsAligned, thread_idx);
+    const int valid = num_tokens - chunk_idx * BLOCK_T;
+    if (valid > 0) {
+      const ChunkTiles<BLOCK_T> tiles = chunk_tiles<T, HEAD_DIM, BLOCK_T>(params, smem, smem_ptr, stage_idx, 0);
+      copy_tile_async<T, BLOCK_T, HEAD_DIM, kNumRoleThreads>(tiles.k, gmem_k, op.k_stride.token, valid, head_dim,
+                                                             kIsAligned, thread_idx);
+      gmem_k += BLOCK_T * op.k_stride.token;
       if constexpr (kHasQ) {
-        copy_tile_async<T, BLOCK_T, HEAD_DIM, kNumRoleThreads>(tiles.q, gmem_q + first * op.q_stride.token,
-                                                               op.q_stride.token, valid, cols, kIsAligned, thread_idx);
+        copy_tile_async<T, BLOCK_T, HEAD_DIM, kNumRoleThreads>(tiles.q, gmem_q, op.q_stride.token, valid, head_dim,
+                                                               kIsAligned, thread_idx);
+        gmem_q += BLOCK_T * op.q_stride.token;
       }
-      const float* gmem_g = static_cast<const float*>(op.g);
-      const float* gmem_beta = static_cast<const float*>(op.beta);
       if (thread_idx < BLOCK_T) {
-        const int64_t offset = gate_offset + (first + thread_idx) * shape.num_value_heads;
         const bool is_valid = thread_idx < valid;
-        const bool has_g = is_valid && gmem_g != nullptr;
-        cp_async_4(smem_address(&tiles.coef->beta[thread_idx]), is_valid ? gmem_beta + offset : gmem_beta, is_valid);
-        cp_async_4(smem_address(&tiles.coef->g[thread_idx]), has_g ? gmem_g + offset : gmem_beta, has_g);
+        cp_async_4(smem_address(&tiles.coef->beta[thread_idx]), is_valid ? gmem_beta : op.beta, is_valid);
+        cp_async_4(smem_address(&tiles.coef->g[thread_idx]), is_valid ? gmem_g : op.beta, is_valid && has_g);
       }
+      gmem_beta += BLOCK_T * shape.num_value_heads;
+      gmem_g += BLOCK_T * shape.num_value_heads;
     }
     cp_async_commit();
   };
   const bool is_deep = is_deep_pipeline(params.num_stages, params.num_scratches);
   const bool may_leave_pending = params.num_stages == kFwdMaxStages;
-  // Coefficients of a chunk; its copy is the newest but one with kFwdMaxStages stages, else the newest.
-  const auto load_chunk = [&](int chunk_idx, int stage_idx) {
+  // Hands a chunk to the pair warps. Its copy is the newest but one with kFwdMaxStages stages, else the newest.
+  const auto release_chunk = [&](int chunk_idx) {
     if (chunk_idx >= num_chunks) return;
     if (may_leave_pending) {
       cp_async_wait<1>();
     } else {
       cp_async_wait<0>();
     }
-    named_barrier_sync(kFwdInverse, kNumRoleThreads);
-    prepare_coefficients<T, HEAD_DIM, BLOCK_T, kFwdInverseWarps, kHasQ>(
-        tiles_of(stage_idx, 0), static_cast<float>(op.scale), op.use_qk_l2norm, warp_idx, kFwdInverse);
     named_barrier_arrive(kFwdLoaded + chunk_idx % 2, kFwdScratchThreads);
   };
 
@@ -611,14 +616,14 @@ __device__ __forceinline__ void inverse_subroutine(const FwdKernelParams& params
   // the chunk that the state warps are at is not waited for.
   const int num_ahead = max(params.num_stages - 1, 1);
   for (int i = 0; i < num_ahead; ++i) copy_chunk(i, i);
-  load_chunk(0, 0);
+  release_chunk(0);
   int stage_idx = 0, scratch_idx = 0;
   int copy_stage = params.num_stages == 1 ? 0 : num_ahead;
   for (int chunk_idx = 0; chunk_idx < num_chunks; ++chunk_idx) {
-    const int next_stage = next_in_ring(stage_idx, params.num_stages);
-    if (is_deep) load_chunk(chunk_idx + 1, next_stage);
+    if (is_deep) release_chunk(chunk_idx + 1);
     named_barrier_sync(kFwdPaired + chunk_idx % 2, kFwdScratchThreads);
-    prepare_inverse<T, BLOCK_T, kFwdInverseWarps>(tiles_of(stage_idx, scratch_idx), warp_idx, kFwdInverse);
+    prepare_inverse<T, BLOCK_T, kFwdInverseWarps>(
+        chunk_tiles<T, HEAD_DIM, BLOCK_T>(params, smem, smem_ptr, stage_idx, scratch_idx), warp_idx, kFwdInverse);
     named_barrier_arrive(kFwdFull + stage_idx, kFwdStageThreads);
 
     const int copied = chunk_idx + num_ahead;
@@ -627,8 +632,8 @@ __device__ __forceinline__ void inverse_subroutine(const FwdKernelParams& params
     }
     copy_chunk(copied, copy_stage);
     copy_stage = next_in_ring(copy_stage, params.num_stages);
-    if (!is_deep) load_chunk(chunk_idx + 1, next_stage);
-    stage_idx = next_stage;
+    if (!is_deep) release_chunk(chunk_idx + 1);
+    stage_idx = next_in_ring(stage_idx, params.num_stages);
     scratch_idx = next_in_ring(scratch_idx, params.num_scratches);
   }
 }

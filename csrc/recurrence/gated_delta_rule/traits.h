@@ -29,8 +29,8 @@ struct FwdTile {
 
 constexpr int kFwdBlockV = 64;       // columns of V a CTA, 16 a state warp
 constexpr int kFwdStateWarps = 4;    // carry the state through the chunks
-constexpr int kFwdPairWarps = 2;     // A and L of a chunk
-constexpr int kFwdInverseWarps = 2;  // load a chunk, compute its coefficients; Y from L
+constexpr int kFwdPairWarps = 2;     // coefficients, A and L of a chunk
+constexpr int kFwdInverseWarps = 2;  // load a chunk; Y from L
 constexpr int kFwdThreads = 32 * (kFwdStateWarps + kFwdPairWarps + kFwdInverseWarps);
 constexpr int kFwdMaxStages = 4;
 constexpr int kFwdMaxScratches = 2;

@@ -1,6 +1,7 @@
 """Interpreter speed on one core: thread instructions per second, mma per second."""
 
 import numpy as np
+
 from remora.testing.sim import ptx
 
 LOOP = """.version 8.7
@@ -42,7 +43,7 @@ def measure(name, body, iterations, unit, per_iteration=None):
     module = ptx.load_ptx(LOOP.format(body=body))
     runs = [module.launch("k", 1, 128, [out, iterations], threads=1, memory_stats=0) for _ in range(4)]
     amount = runs[0]["thread_instructions"] if per_iteration is None else per_iteration * iterations * 4
-    print(f"{name:28s} {amount / min(run['seconds'] for run in runs[1:]) / 1e6:10.2f} M {unit}/s")
+    print(f"{name:28s} {amount / min(run['seconds'] for run in runs[1:]) / 1e6:10.2f} M {unit}/s")  # noqa: T201
 
 
 measure("fp32 fma", FP32, 20000, "thread instructions")

@@ -120,12 +120,12 @@ def directed(op, mode, a, b, c):
     out = []
     for x, y, z in zip(*((Fraction(float(v)) for v in w) for w in (a, b, c))):
         exact = {
-            "add": lambda: x + y,
-            "mul": lambda: x * y,
-            "fma": lambda: x * y + z,
-            "div": lambda: x / y,
-            "sqrt": lambda: sqrt_fraction(x),
-            "rcp": lambda: 1 / x,
-        }[op]()
+            "add": lambda x, y, z: x + y,
+            "mul": lambda x, y, z: x * y,
+            "fma": lambda x, y, z: x * y + z,
+            "div": lambda x, y, z: x / y,
+            "sqrt": lambda x, y, z: sqrt_fraction(x),
+            "rcp": lambda x, y, z: 1 / x,
+        }[op](x, y, z)
         out.append(round_fraction(exact, F32, mode))
     return np.array(out, dtype=np.uint32).view(np.float32)

@@ -28,7 +28,8 @@ def exe():
 @pytest.mark.parametrize(("name", "checker", "message"), CASES)
 def test_bug_is_found(exe, name, checker, message):
     done = run(exe, name, "bad", **{checker: 1})
-    assert message in done.stderr and done.returncode == 1, done.stderr
+    assert message in done.stderr, done.stderr
+    assert done.returncode == 1
     assert "PTX line" in done.stderr
     assert "checkers.cu:" in done.stderr
     assert "block (0,0,0)" in done.stderr
@@ -38,7 +39,7 @@ def test_bug_is_found(exe, name, checker, message):
 @pytest.mark.parametrize("name", [c[0] for c in CASES] + ["missing_wait"])
 def test_correct_version_is_silent(exe, name, mode):
     done = run(exe, name, "good", **ALL, **{"async": mode})
-    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_late_exposes_missing_wait(exe):

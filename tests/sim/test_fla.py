@@ -1,4 +1,4 @@
-"""Kernels of flash-linear-attention, compiled ahead of time for sm_80 and sm_90: Triton's compiler, nobody here's code."""
+"""Kernels of flash-linear-attention, compiled ahead of time for sm_80 and sm_90."""
 
 import functools
 import importlib
@@ -10,11 +10,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 B, T, H, D, CHUNK = 1, 128, 4, 128, 64
 
-# Module, kernel, pointer arguments, scalar arguments, constants. Every other argument is None, as for an optional tensor.
+# Module, kernel, pointer arguments, scalar arguments, constants. Every other argument is None, as if not given.
 SHAPE = {"H": H, "HV": H, "STATE_V_FIRST": False, "K": D, "V": D, "BT": CHUNK, "IS_VARLEN": False}
 KERNELS = {
     "chunk_h": (

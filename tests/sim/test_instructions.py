@@ -85,7 +85,10 @@ def evaluate(sim, instruction, out_type, inputs, types, arch="sm_90"):
     for i, (t, letter) in enumerate(zip(types, "abce")):
         size = np.dtype(NP[t]).itemsize
         decl += f" .reg .{REG[size]} %{letter};\n"
-        body += f" ld.param.u64 %ra1, [p{i + 1}]; mad.wide.u32 %ra2, %t1, {size}, %ra1; ld.global.{t if size == 1 else 'b%d' % (8 * size)} %{letter}, [%ra2];\n"
+        body += (
+            f" ld.param.u64 %ra1, [p{i + 1}]; mad.wide.u32 %ra2, %t1, {size}, %ra1; "
+            f"ld.global.{t if size == 1 else f'b{8 * size}'} %{letter}, [%ra2];\n"
+        )
         names[letter] = f"%{letter}"
     size = np.dtype(NP[out_type]).itemsize
     decl += f" .reg .{REG[size]} %d;\n"

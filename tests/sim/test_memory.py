@@ -64,7 +64,8 @@ def test_bulk_copy(sim, mode):
     cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [s], [%a1], 512, [bar];
 SKIP: bar.sync 0;
     {WAIT.format(n=1, parity=0)}
-    shl.b32 %r2, %r1, 2; mov.u32 %r3, s; add.s32 %r3, %r3, %r2; ld.shared.b32 %r4, [%r3]; add.s32 %r4, %r4, 7; st.shared.b32 [%r3], %r4;
+    shl.b32 %r2, %r1, 2; mov.u32 %r3, s; add.s32 %r3, %r3, %r2; ld.shared.b32 %r4, [%r3];
+    add.s32 %r4, %r4, 7; st.shared.b32 [%r3], %r4;
     fence.proxy.async.shared::cta; bar.sync 0;
     @%p2 bra END;
     cp.async.bulk.global.shared::cta.bulk_group [%a2], [s], 512;
@@ -100,7 +101,8 @@ def test_tensor_copy(sim, mode, swizzle):
     cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [s], [%a1, {{56, 12}}], [bar];
 SKIP: bar.sync 0;
     {WAIT.format(n=1, parity=0)}
-L: shl.b32 %r2, %r1, 2; mov.u32 %r3, s; add.s32 %r3, %r3, %r2; ld.shared.b32 %r4, [%r3]; mul.wide.u32 %a4, %r2, 1; add.s64 %a4, %a4, %a3; st.global.b32 [%a4], %r4;
+L: shl.b32 %r2, %r1, 2; mov.u32 %r3, s; add.s32 %r3, %r3, %r2; ld.shared.b32 %r4, [%r3];
+    mul.wide.u32 %a4, %r2, 1; add.s64 %a4, %a4, %a3; st.global.b32 [%a4], %r4;
     add.s32 %r1, %r1, 32; setp.lt.u32 %p3, %r1, {8 * inner}; @%p3 bra L;
     bar.sync 0;
     @%p2 bra END;
@@ -142,10 +144,12 @@ A:  barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;
     st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%r7], %r10, [%r9];
     setp.ne.u32 %p3, %r2, 0; or.pred %p2, %p2, %p3;
     mov.u16 %h, 3; mov.u32 %r11, m;
-    @!%p2 cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%r11], [%a1], 128, [%r8], %h;
+    @!%p2 cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster
+        [%r11], [%a1], 128, [%r8], %h;
     {WAIT.format(n=1, parity=0)}
     ld.shared.b32 %r12, [%r5]; add.s32 %r13, %r11, %r6; ld.shared.b32 %r14, [%r13]; add.s32 %r12, %r12, %r14;
-    mov.u32 %r15, %ctaid.x; mad.lo.s32 %r15, %r15, 32, %r1; mul.wide.u32 %a3, %r15, 4; add.s64 %a3, %a3, %a2; st.global.b32 [%a3], %r12;
+    mov.u32 %r15, %ctaid.x; mad.lo.s32 %r15, %r15, 32, %r1; mul.wide.u32 %a3, %r15, 4;
+    add.s64 %a3, %a3, %a2; st.global.b32 [%a3], %r12;
     barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;"""
     m = sim.load_ptx(
         kernel(
@@ -174,11 +178,15 @@ def test_unsupported_is_loud(sim):
 def test_memcheck_registered_tensor(sim):
     x = torch.ones(64)
     sim.register(x, "x")
-    body = " ld.param.u64 %a1, [p0]; ld.param.u32 %r1, [p1]; mov.u32 %r2, %tid.x; add.s32 %r1, %r1, %r2; mul.wide.s32 %a2, %r1, 4; add.s64 %a1, %a1, %a2; ld.global.b32 %r3, [%a1];"
+    body = (
+        " ld.param.u64 %a1, [p0]; ld.param.u32 %r1, [p1]; mov.u32 %r2, %tid.x; "
+        "add.s32 %r1, %r1, %r2; mul.wide.s32 %a2, %r1, 4; add.s64 %a1, %a1, %a2; "
+        "ld.global.b32 %r3, [%a1];"
+    )
     m = sim.load_ptx(kernel(body, ["u64", "u32"], ADDRESS))
     m.launch("k", 1, 32, [x, 32], memcheck=1)
     with pytest.raises(
-        sim.Error, match="memcheck: invalid global read of 4 bytes .*: 0 bytes behind the end of x of 256 bytes"
+        sim.Error, match=r"memcheck: invalid global read of 4 bytes .*: 0 bytes behind the end of x of 256 bytes"
     ):
         m.launch("k", 1, 32, [x, 33], memcheck=1)
     sim.unregister(x)

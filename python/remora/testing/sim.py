@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 try:
-    from remora.testing import _ptxsim as ptx
+    import remora.testing._ptxsim as ptx
 except ImportError as error:
     raise ImportError("this build of remora has no simulator; build with -Ccmake.define.REMORA_SIM=ON") from error
 

@@ -30,8 +30,10 @@ __global__ void ring(const float* x, float* y) {
       __pipeline_commit();
       if (tile == 0) continue;
       // The copy of the tile before is done; the present one goes on.
-      if (B == kWrongGroup) __pipeline_wait_prior(2);
-      else if (B != kNoCopyWait) __pipeline_wait_prior(1);
+      if (B == kWrongGroup)
+        __pipeline_wait_prior(2);
+      else if (B != kNoCopyWait)
+        __pipeline_wait_prior(1);
       arrive(kFull + (B == kWrongStage ? tile : tile - 1) % kStages, kThreads);
     }
   } else {
@@ -69,9 +71,12 @@ int main(int, char** argv) {
   cudaMalloc(&y, sizeof result);
   cudaMemcpy(x, host, sizeof host, cudaMemcpyHostToDevice);
   const bool words = std::strncmp(argv[1], "together", 8) == 0;
-  if (words && argv[1][8] == '_') together<false><<<1, kThreads>>>(y, 1.f);
-  else if (words) together<true><<<1, kThreads>>>(y, 1.f);
-  else run(argv[1], x, y);
+  if (words && argv[1][8] == '_')
+    together<false><<<1, kThreads>>>(y, 1.f);
+  else if (words)
+    together<true><<<1, kThreads>>>(y, 1.f);
+  else
+    run(argv[1], x, y);
   if (const cudaError_t e = cudaGetLastError(); e != cudaSuccess) {
     std::puts(cudaGetErrorString(e));
     return 1;

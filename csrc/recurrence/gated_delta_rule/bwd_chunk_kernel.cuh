@@ -28,19 +28,12 @@
 
 namespace remora {
 
-/// True if 16-byte pieces of rows of `num_cols` elements can be copied.
-template <typename T>
-__device__ __forceinline__ bool rows_are_aligned(const T* rows, int64_t stride, int num_cols) {
-  return ((reinterpret_cast<uintptr_t>(rows) | stride * sizeof(T) | num_cols * sizeof(T)) & 15) == 0;
-}
-
 /// copy_tile_async, or a conversion from a wider type.
 template <typename T, int ROWS, int COLS, int kNumThreads, typename TSource>
 __device__ __forceinline__ void load_tile(uint32_t dst, const TSource* src, int64_t stride, int num_rows,
-                                          int num_cols) {
+                                          int num_cols, bool is_aligned) {
   if constexpr (std::is_same_v<T, TSource>) {
-    copy_tile_async<T, ROWS, COLS, kNumThreads>(dst, src, stride, num_rows, num_cols,
-                                                rows_are_aligned(src, stride, num_cols), threadIdx.x);
+    copy_tile_async<T, ROWS, COLS, kNumThreads>(dst, src, stride, num_rows, num_cols, is_aligned, threadIdx.x);
   } else {
     for (int i = threadIdx.x; i < ROWS * COLS / 2; i += kNumThreads) {
       const int row = i / (COLS / 2), col = i % (COLS / 2) * 2;
@@ -53,9 +46,9 @@ __device__ __forceinline__ void load_tile(uint32_t dst, const TSource* src, int6
 
 /// Writes the first rows and columns of a tile to global memory.
 template <typename T, int ROWS, int COLS, int kNumThreads>
-__device__ __forceinline__ void store_tile(T* dst, int64_t stride, int num_rows, int num_cols, uint32_t src) {
+__device__ __forceinline__ void store_tile(T* dst, int64_t stride, int num_rows, int num_cols, uint32_t src,
+                                           bool is_aligned) {
   constexpr int kElements = 16 / sizeof(T), kUnits = COLS / kElements;
-  const bool is_aligned = rows_are_aligned(dst, stride, num_cols);
   for (int i = threadIdx.x; i < ROWS * kUnits; i += kNumThreads) {
     const int row = i / kUnits, col = i % kUnits * kElements;
     if (row >= num_rows || col >= num_cols) continue;
@@ -268,7 +261,7 @@ template <class Traits>
 __global__ void __launch_bounds__(Traits::kNumThreads, 1)
     gated_delta_rule_bwd_chunk_kernel(const __grid_constant__ GatedDeltaRuleBwdParams params,
                                       const typename Traits::TSaved* __restrict__ d_states,
-                                      float4* __restrict__ group_sums) {
+                                      float4* __restrict__ group_sums, const bool is_aligned) {
   using T = typename Traits::T;
   using TSaved = typename Traits::TSaved;
   using Smem = typename Traits::Smem;
@@ -308,7 +301,7 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
   const TokenStrides &q_stride = params.q_stride, &k_stride = params.k_stride, &v_stride = params.v_stride;
   const T* gmem_k = static_cast<const T*>(params.k) + batch_idx * k_stride.batch + token_idx * k_stride.token +
                     key_head * k_stride.head;
-  load_tile<T, BLOCK_T, HEAD_DIM, kNumThreads>(smem_k, gmem_k, k_stride.token, num_tokens, head_dim);
+  load_tile<T, BLOCK_T, HEAD_DIM, kNumThreads>(smem_k, gmem_k, k_stride.token, num_tokens, head_dim, is_aligned);
   if (threadIdx.x == 0) {
     smem.source.k = gmem_k;
     smem.source.q = static_cast<const T*>(params.q) + batch_idx * q_stride.batch + token_idx * q_stride.token +
@@ -337,26 +330,27 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
     const auto load_earlier_keys = [&](int num_back) {
       const int64_t back = num_back * BLOCK_T;
       load_tile<T, BLOCK_T, HEAD_DIM, kNumThreads>(smem_q, smem.source.k - back * k_stride.token, k_stride.token,
-                                                   BLOCK_T, head_dim);
+                                                   BLOCK_T, head_dim, is_aligned);
       load_gates(smem.coef[1], smem.source.g == nullptr ? nullptr : smem.source.g - back * gate_stride,
                  smem.source.beta - back * gate_stride, gate_stride, BLOCK_T, threadIdx.x);
     };
     const auto load_earlier_values = [&](uint32_t dst, int num_back, int v0) {
       load_tile<T, BLOCK_T, BLOCK_V, kNumThreads>(dst, smem.source.v - num_back * BLOCK_T * v_stride.token + v0,
-                                                  v_stride.token, BLOCK_T, min(BLOCK_V, value_dim - v0));
+                                                  v_stride.token, BLOCK_T, min(BLOCK_V, value_dim - v0), is_aligned);
     };
     const auto load_stage = [&](typename Smem::Stage& stage, int v0) {
       const int num_cols = min(BLOCK_V, value_dim - v0);
       load_tile<T, HEAD_DIM, BLOCK_V, kNumThreads>(smem_address(stage.state), smem.source.state + v0, value_dim,
-                                                   head_dim, num_cols);
+                                                   head_dim, num_cols, is_aligned);
       load_tile<T, BLOCK_T, BLOCK_V, kNumThreads>(smem_address(stage.u), smem.source.v + v0, v_stride.token, num_tokens,
-                                                  num_cols);
+                                                  num_cols, is_aligned);
       load_tile<T, BLOCK_T, BLOCK_V, kNumThreads>(smem_address(stage.dv), smem.source.dv + v0, value_stride, num_tokens,
-                                                  num_cols);
+                                                  num_cols, is_aligned);
       load_tile<T, BLOCK_T, BLOCK_V, kNumThreads>(smem_address(stage.d_o), smem.source.d_o + v0, value_stride,
-                                                  num_tokens, num_cols);
-      load_tile<T, BLOCK_V, HEAD_DIM, kNumThreads>(
-          smem_address(stage.d_state), smem.source.d_state + int64_t{v0} * HEAD_DIM, HEAD_DIM, num_cols, HEAD_DIM);
+                                                  num_tokens, num_cols, is_aligned);
+      load_tile<T, BLOCK_V, HEAD_DIM, kNumThreads>(smem_address(stage.d_state),
+                                                   smem.source.d_state + int64_t{v0} * HEAD_DIM, HEAD_DIM, num_cols,
+                                                   HEAD_DIM, true);
       if (kPreparesBoth && num_earlier > 0) load_earlier_values(smem_address(stage.earlier_u), 1, v0);
       cp_async_commit();
     };
@@ -388,7 +382,7 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
 
     FragC dq[kTilesK] = {}, dk_row[kTilesK] = {}, dk_col[kTilesK] = {};
     FragC da[kTilesT] = {}, dl[kTilesT] = {};
-    float dbeta[2] = {}, state_dot = 0.f;
+    float dbeta[2] = {}, state_dot[2] = {};
     int stage_idx = 0;
     for (int v0 = 0; v0 < value_dim; v0 += BLOCK_V) {
       typename Smem::Stage& stage = smem.stage[stage_idx];
@@ -432,7 +426,8 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
         advance_state<Traits>(r, smem_q, smem_state, smem_earlier_u, smem.coef[1]);
       }
       if (is_last) {
-        load_tile<T, BLOCK_T, HEAD_DIM, kNumThreads>(smem_q, smem.source.q, q_stride.token, num_tokens, head_dim);
+        load_tile<T, BLOCK_T, HEAD_DIM, kNumThreads>(smem_q, smem.source.q, q_stride.token, num_tokens, head_dim,
+                                                     is_aligned);
         cp_async_commit();
       }
 
@@ -456,7 +451,7 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
       }
       __syncthreads();
       store_tile<T, BLOCK_T, BLOCK_V, kNumThreads>(smem.source.dv + v0, value_stride, num_tokens,
-                                                   min(BLOCK_V, value_dim - v0), smem_dv);
+                                                   min(BLOCK_V, value_dim - v0), smem_dv, is_aligned);
 
       // Products that contract V
 #pragma unroll 1
@@ -486,7 +481,10 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
             mma(dk_row[n + h], a_dv, b[h]);
             mma(dk_col[n + h], a_u, b_d[h]);
           }
-          if (n / 2 % (kNumWarps / 2) == place.row_block) state_dot += dot(b[0], b_d[0]) + dot(b[1], b_d[1]);
+          if (n / 2 % (kNumWarps / 2) == place.row_block) {
+            state_dot[0] += dot(b[0], b_d[0]);
+            state_dot[1] += dot(b[1], b_d[1]);
+          }
         }
       }
       __syncthreads();
@@ -530,8 +528,8 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
       }
     }
     FragC(&dk)[kTilesK] = dk_row;
-    state_dot = warp_sum(state_dot);
-    if (lane_idx == 0) smem.warp_values[place.warp_idx] = state_dot;
+    const float state_sum = warp_sum(state_dot[0] + state_dot[1]);
+    if (lane_idx == 0) smem.warp_values[place.warp_idx] = state_sum;
 
     // dA * D and dL * D with the norms folded in, and the rectangle sums of M: over the columns before t within the
     // warp's half, then down the rows from t on
@@ -731,9 +729,9 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
     __syncthreads();
     const int64_t out = (chunk.first_token * shape.num_heads + key_head) * head_dim;
     store_tile<T, BLOCK_T, HEAD_DIM, kNumThreads>(static_cast<T*>(params.dq) + out, shape.num_heads * head_dim,
-                                                  num_tokens, head_dim, smem_q);
+                                                  num_tokens, head_dim, smem_q, is_aligned);
     store_tile<T, BLOCK_T, HEAD_DIM, kNumThreads>(static_cast<T*>(params.dk) + out, shape.num_heads * head_dim,
-                                                  num_tokens, head_dim, smem_k);
+                                                  num_tokens, head_dim, smem_k, is_aligned);
   }
 }
 

@@ -8,6 +8,19 @@
 
 namespace remora {
 
+/// True if rows of every tensor can be moved in 16-byte pieces.
+inline bool is_aligned(const GatedDeltaRuleBwdParams& params) {
+  const int64_t size = size_of(params.dtype), saved_size = size_of(params.saved_dtype);
+  const auto bits = [](const void* pointer) { return reinterpret_cast<int64_t>(pointer); };
+  int64_t all = bits(params.q) | bits(params.k) | bits(params.v) | bits(params.d_o) | bits(params.saved_states) |
+                bits(params.dq) | bits(params.dk) | bits(params.dv);
+  for (const TokenStrides& stride : {params.q_stride, params.k_stride, params.v_stride}) {
+    all |= (stride.batch | stride.token | stride.head) * size;
+  }
+  all |= (params.shape.head_dim | params.shape.value_dim) * size | params.shape.value_dim * saved_size;
+  return all % 16 == 0;
+}
+
 template <typename Kernel, typename... Args>
 cudaError_t launch_with_smem(Kernel kernel, int64_t num_ctas, int num_threads, size_t smem_size, cudaStream_t stream,
                              const Args&... args) {
@@ -26,7 +39,7 @@ cudaError_t launch_bwd_state(const GatedDeltaRuleBwdParams& params, cudaStream_t
   auto* d_states = static_cast<typename Traits::TSaved*>(params.workspace);
   return launch_with_smem(gated_delta_rule_bwd_state_kernel<Traits>,
                           shape.num_seqs * shape.num_value_heads * num_v_tiles, Traits::kNumThreads,
-                          sizeof(typename Traits::Smem), stream, params, d_states);
+                          sizeof(typename Traits::Smem), stream, params, d_states, is_aligned(params));
 }
 
 template <typename T, int HEAD_DIM, bool kIsSmall>
@@ -36,7 +49,8 @@ cudaError_t launch_bwd_chunk(const GatedDeltaRuleBwdParams& params, const BwdWor
   const auto* d_states = static_cast<const typename Traits::TSaved*>(params.workspace);
   auto* group_sums = reinterpret_cast<float4*>(static_cast<char*>(params.workspace) + workspace.d_states_size);
   return launch_with_smem(gated_delta_rule_bwd_chunk_kernel<Traits>, workspace.num_chunk_slots * params.shape.num_heads,
-                          Traits::kNumThreads, sizeof(typename Traits::Smem), stream, params, d_states, group_sums);
+                          Traits::kNumThreads, sizeof(typename Traits::Smem), stream, params, d_states, group_sums,
+                          is_aligned(params));
 }
 
 template <typename T, int HEAD_DIM>

@@ -68,7 +68,7 @@ __device__ __forceinline__ void store_d_state(TSaved* rows, const FragC& lo, con
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kNumThreads, 1)
     gated_delta_rule_bwd_state_kernel(const __grid_constant__ GatedDeltaRuleBwdParams params,
-                                      typename Traits::TSaved* __restrict__ d_states) {
+                                      typename Traits::TSaved* __restrict__ d_states, const bool is_aligned) {
   using T = typename Traits::T;
   using TY = typename Traits::TY;
   using Smem = typename Traits::Smem;
@@ -108,9 +108,6 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
     const int64_t token_head = seq.first_token * shape.num_value_heads + head;
     const T* gmem_d_o = static_cast<const T*>(params.d_o) + token_head * value_dim + v0;
     const int num_cols = min(BLOCK_V, value_dim - v0);
-    const bool q_aligned = rows_are_aligned(gmem_q, params.q_stride.token, head_dim);
-    const bool k_aligned = rows_are_aligned(gmem_k, params.k_stride.token, head_dim);
-    const bool d_o_aligned = rows_are_aligned(gmem_d_o, value_stride, num_cols);
 
     for (int iteration = group_idx; iteration < num_chunks; iteration += kNumGroups) {
       const int stage_idx = iteration % kNumStages;
@@ -128,13 +125,13 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
       load_gates(stage.coef, params.g == nullptr ? nullptr : static_cast<const float*>(params.g) + gate,
                  static_cast<const float*>(params.beta) + gate, shape.num_value_heads, num_tokens, thread_idx);
       copy_tile_async<T, BLOCK_T, HEAD_DIM, kGroupThreads>(tiles.k, gmem_k + token * params.k_stride.token,
-                                                           params.k_stride.token, num_tokens, head_dim, k_aligned,
+                                                           params.k_stride.token, num_tokens, head_dim, is_aligned,
                                                            thread_idx);
       copy_tile_async<T, BLOCK_T, HEAD_DIM, kGroupThreads>(tiles.q, gmem_q + token * params.q_stride.token,
-                                                           params.q_stride.token, num_tokens, head_dim, q_aligned,
+                                                           params.q_stride.token, num_tokens, head_dim, is_aligned,
                                                            thread_idx);
       copy_tile_async<T, BLOCK_T, BLOCK_V, kGroupThreads>(smem_address(stage.d_o), gmem_d_o + token * value_stride,
-                                                          value_stride, num_tokens, num_cols, d_o_aligned, thread_idx);
+                                                          value_stride, num_tokens, num_cols, is_aligned, thread_idx);
       cp_async_commit();
       cp_async_wait<0>();
       role_barrier<Traits::kNumPrepareWarps>(Traits::kPrepareRole + group_idx);
@@ -338,7 +335,6 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
         }
       }
       __syncwarp();
-      const bool is_aligned = rows_are_aligned(gmem_x, value_stride, 8);
       const int unit_col = lane_idx % 2 * 8;
 #pragma unroll
       for (int token0 = 0; token0 < BLOCK_T; token0 += 16) {

@@ -1,1 +1,3 @@
-"""Benchmarks: CPU times beside peers, work counters in the simulator, kernel resources, modelled GPU times. See README.md."""
+"""Benchmarks: CPU times beside peers, work counters in the simulator, kernel resources, modelled GPU times. See
+README.md.
+"""

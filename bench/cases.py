@@ -1,4 +1,6 @@
-"""What is measured: operator, shape, dtype, mode; the inputs of a case; its FLOPs and bytes; its gate of correctness."""
+"""What is measured: operator, shape, dtype, mode; the inputs of a case; its FLOPs and bytes; its gate of
+correctness.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,7 +36,10 @@ class Case:
     def flops(self) -> float:
         """Of the cheapest known formulation: the recurrence in fp32, chunks of 16 with bf16 dot products."""
         D, C = self.D, 16
-        per_token = {"fp32": {"fwd": 6 * D * D, "fwd+bwd": 24 * D * D + 20 * C * D}, "bf16": {"fwd": 6 * D * D + 5 * C * D, "fwd+bwd": 24 * D * D + 20 * C * D}}
+        per_token = {
+            "fp32": {"fwd": 6 * D * D, "fwd+bwd": 24 * D * D + 20 * C * D},
+            "bf16": {"fwd": 6 * D * D + 5 * C * D, "fwd+bwd": 24 * D * D + 20 * C * D},
+        }
         return self.B * self.T * self.H * (per_token[self.dtype][self.mode] if self.mode != "decode" else 6 * D * D)
 
     def bytes(self) -> float:
@@ -49,7 +54,12 @@ class Case:
 
 HEADLINE = [Case(mode, dtype, 1, 4096, 8, 128) for mode in ("fwd", "fwd+bwd") for dtype in ("fp32", "bf16")]
 DECODE = [Case("decode", dtype, 32, 1, 8, 128, rotate) for dtype in ("fp32", "bf16") for rotate in (1, 8)]
-MORE = [Case(mode, dtype, 1, T, 8, D) for T, D in ((1024, 64), (4096, 64), (1024, 128)) for mode in ("fwd", "fwd+bwd") for dtype in ("fp32", "bf16")]
+MORE = [
+    Case(mode, dtype, 1, T, 8, D)
+    for T, D in ((1024, 64), (4096, 64), (1024, 128))
+    for mode in ("fwd", "fwd+bwd")
+    for dtype in ("fp32", "bf16")
+]
 
 
 def select(pattern: str | None, everything: bool = False) -> list[Case]:
@@ -94,7 +104,20 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
     a, b = a.to(dtype), b.to(dtype)
     g = -a_log.exp() * F.softplus(a.float() + dt_bias)
     states = [normal(B, H, D, D) * 0.1 for _ in range(case.rotate)] if case.mode == "decode" else []
-    return Inputs(case, q, k, normal(B, T, H, D).to(dtype), g, b.float().sigmoid(), normal(B, T, H, D).to(dtype), a, b, a_log, dt_bias, states)
+    return Inputs(
+        case,
+        q,
+        k,
+        normal(B, T, H, D).to(dtype),
+        g,
+        b.float().sigmoid(),
+        normal(B, T, H, D).to(dtype),
+        a,
+        b,
+        a_log,
+        dt_bias,
+        states,
+    )
 
 
 Outputs = dict[str, Tensor]
@@ -137,7 +160,7 @@ def gate(run: Callable[[Inputs], Outputs], case: Case, required: Sequence[str] =
     return check(run(x), reference(x), case.dtype, required)
 
 
-class Wrong(Exception):
+class Wrong(Exception):  # noqa: N818
     """An implementation whose results are not those of the operator."""
 
 

@@ -1,10 +1,14 @@
-"""The gated delta rule as a competent user would write it in plain PyTorch: chunks, one triangular solve, batched products."""
+"""The gated delta rule as a competent user would write it in plain PyTorch: chunks, one triangular solve, batched
+products.
+"""
 
 import torch
 from torch import Tensor
 
 
-def chunked_gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, chunk: int = 64) -> Tensor:
+def chunked_gated_delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, chunk: int = 64
+) -> Tensor:
     """[B, T, H, D] inputs; products in the dtype of q, gates, solve and state in float32; differentiable."""
     B, T, H, K = q.shape
     V = v.shape[-1]

@@ -1,7 +1,9 @@
 """Work counters of our CUDA kernels and of flash-linear-attention's on the same simulated device: counts, not times.
 
-Both run on CPU tensors in the simulator, each in a process of its own: our operators with REMORA_BACKEND=sim, FLA's host code and
-Triton kernels behind a driver that hands them to the simulator. Results are compared with the recurrence in float64 before
+Both run on CPU tensors in the simulator, each in a process of its own: our operators with REMORA_BACKEND=sim, FLA's
+host code and
+Triton kernels behind a driver that hands them to the simulator. Results are compared with the recurrence in float64
+before
 anything is printed.
 
   touched     distinct 32-byte sectors of each launch, summed: device bytes if every launch's cache is ideal and cold
@@ -47,10 +49,19 @@ def backward_flops(K: int, V: int, C: int) -> float:
 
 def flatten(stats: dict[str, Any]) -> Counters:
     """The simulator's counters of some launches of one kernel under flat names."""
-    c: Counters = {"launches": stats["launches"], "ctas": stats["ctas"], "warp_instructions": stats["warp_instructions"], "seconds": stats["seconds"]}
+    c: Counters = {
+        "launches": stats["launches"],
+        "ctas": stats["ctas"],
+        "warp_instructions": stats["warp_instructions"],
+        "seconds": stats["seconds"],
+    }
     for kind in ("load", "store"):
         g, s = stats[f"global_{kind}"], stats[f"shared_{kind}"]
-        c[f"{kind}_bytes"], c[f"{kind}_sectors"], c[f"{kind}_ideal_sectors"] = g["bytes"], g["sectors"], g["ideal_sectors"]
+        c[f"{kind}_bytes"], c[f"{kind}_sectors"], c[f"{kind}_ideal_sectors"] = (
+            g["bytes"],
+            g["sectors"],
+            g["ideal_sectors"],
+        )
         c[f"{kind}_requests"], c[f"{kind}_touched"] = g["requests"], stats[f"global_{kind}_footprint"]
         c[f"shared_{kind}_wavefronts"], c[f"shared_{kind}_excess"] = s["wavefronts"], s["excess_wavefronts"]
     c |= {f"mma_flops.{kind}": n for kind, n in stats["mma_flops"].items()}
@@ -66,7 +77,9 @@ def add(*rows: Counters) -> Counters:
 
 
 class TorchOperators(TorchDispatchMode):
-    """Collects the torch operators that would be kernels of their own on a GPU; their bytes are the sizes of their operands."""
+    """Collects the torch operators that would be kernels of their own on a GPU; their bytes are the sizes of their
+    operands.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,7 +97,13 @@ class TorchOperators(TorchDispatchMode):
             if name in ("aten::zero_", "aten::fill_", "aten::zeros") or name.endswith("_like"):
                 load = 0
             if load + store:
-                row: Counters = {"launches": 1, "load_bytes": load, "store_bytes": store, "load_touched": load, "store_touched": store}
+                row: Counters = {
+                    "launches": 1,
+                    "load_bytes": load,
+                    "store_bytes": store,
+                    "load_touched": load,
+                    "store_touched": store,
+                }
                 self.rows[name] = add(self.rows.get(name, {}), row)
         return out
 
@@ -97,7 +116,13 @@ def make_inputs(B: int, T: int, H: int, HV: int, D: int, seed: int) -> tuple[dic
         return torch.randn(*shape, generator=rng)
 
     q, k = (torch.nn.functional.normalize(normal(B, T, H, D), dim=-1).bfloat16() for _ in range(2))
-    full = {"q": q, "k": k, "v": normal(B, T, HV, D).bfloat16(), "g": torch.nn.functional.logsigmoid(normal(B, T, HV) + 3.0), "beta": normal(B, T, HV).sigmoid()}
+    full = {
+        "q": q,
+        "k": k,
+        "v": normal(B, T, HV, D).bfloat16(),
+        "g": torch.nn.functional.logsigmoid(normal(B, T, HV) + 3.0),
+        "beta": normal(B, T, HV).sigmoid(),
+    }
     return {n: t.requires_grad_() for n, t in full.items()}, normal(B, T, HV, D).bfloat16()
 
 
@@ -114,7 +139,11 @@ def phases(inputs: dict[str, Tensor], do: Tensor, o: Tensor, grads: tuple[Tensor
     wanted = torch.autograd.grad(want, list(exact.values()), do.double())
     D, tokens = do.shape[-1], do.numel() // do.shape[-1]
     return {
-        "forward": {"compulsory": size(*inputs.values(), o), "useful": tokens * forward_flops(D, D, CHUNK), "errors": {"o": relative_rms(o, want)}},
+        "forward": {
+            "compulsory": size(*inputs.values(), o),
+            "useful": tokens * forward_flops(D, D, CHUNK),
+            "errors": {"o": relative_rms(o, want)},
+        },
         "backward": {
             "compulsory": size(*inputs.values(), do, *grads),
             "useful": tokens * backward_flops(D, D, CHUNK),
@@ -146,8 +175,14 @@ def ours(B: int, T: int, H: int, HV: int, D: int, arch: int, seed: int = 0) -> d
     return document("remora", rows, phases(inputs, do, o, grads), arch)
 
 
-def document(name: str, rows: dict[str, dict[str, Counters]], found: dict[str, dict[str, Any]], arch: int) -> dict[str, Any]:
-    return {"name": name, "arch": arch, "phases": {p: {**f, "kernels": rows[p], "total": add(*rows[p].values())} for p, f in found.items()}}
+def document(
+    name: str, rows: dict[str, dict[str, Counters]], found: dict[str, dict[str, Any]], arch: int
+) -> dict[str, Any]:
+    return {
+        "name": name,
+        "arch": arch,
+        "phases": {p: {**f, "kernels": rows[p], "total": add(*rows[p].values())} for p, f in found.items()},
+    }
 
 
 # ------------------------------------------------------------------------------------------------------------- tables
@@ -186,10 +221,19 @@ def human(n: float) -> str:
 
 
 COLUMNS = {
-    "launch": "launches", "CTAs": "ctas", "ld bytes": "load_bytes", "st bytes": "store_bytes", "ld touched": "load_touched", "st touched": "store_touched",
-    "smem ld": "shared_load_wavefronts", "excess": "shared_load_excess", "smem st": "shared_store_wavefronts", "excess ": "shared_store_excess",
-    "mma FLOP": "mma", "warp inst": "warp_instructions",
-}  # fmt: skip
+    "launch": "launches",
+    "CTAs": "ctas",
+    "ld bytes": "load_bytes",
+    "st bytes": "store_bytes",
+    "ld touched": "load_touched",
+    "st touched": "store_touched",
+    "smem ld": "shared_load_wavefronts",
+    "excess": "shared_load_excess",
+    "smem st": "shared_store_wavefronts",
+    "excess ": "shared_store_excess",
+    "mma FLOP": "mma",
+    "warp inst": "warp_instructions",
+}
 
 
 def kernel_table(rows: dict[str, Counters]) -> str:
@@ -213,7 +257,14 @@ def comparison(mine: dict[str, Any], peer: dict[str, Any] | None, phase: str) ->
 def spawn(module: str, options: Iterable[str], environment: dict[str, str]) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".json") as f:
         command = [sys.executable, "-m", module, *options, "--json", f.name]
-        run = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False, cwd=pathlib.Path(__file__).parent.parent)
+        run = subprocess.run(
+            command,
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=pathlib.Path(__file__).parent.parent,
+        )
         if run.returncode:
             raise RuntimeError(f"{module}: {(run.stderr or run.stdout).strip()[-1500:]}")
         result: dict[str, Any] = json.loads(pathlib.Path(f.name).read_text())
@@ -221,10 +272,18 @@ def spawn(module: str, options: Iterable[str], environment: dict[str, str]) -> d
 
 
 def arguments() -> argparse.ArgumentParser:
-    ap = argparse.ArgumentParser(prog="python -m bench counters", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap = argparse.ArgumentParser(
+        prog="python -m bench counters", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name, value in (("B", 1), ("T", 1024), ("H", 4), ("HV", 0), ("D", 128), ("seed", 0)):
         ap.add_argument(f"--{name}", type=int, default=value)
-    ap.add_argument("--arch", type=int, default=80, choices=(80, 90), help="the simulated device; FLA compiles for it, ours is PTX of compute_80")
+    ap.add_argument(
+        "--arch",
+        type=int,
+        default=80,
+        choices=(80, 90),
+        help="the simulated device; FLA compiles for it, ours is PTX of compute_80",
+    )
     ap.add_argument("--json", help="write everything here")
     return ap
 
@@ -233,7 +292,9 @@ def main(argv: list[str]) -> int:
     ap = arguments()
     ap.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     ap.add_argument("--no-peer", action="store_true", help="ours only")
-    ap.add_argument("--profile", action="store_true", help="print the ncu and nsys commands for a machine with a GPU, and end")
+    ap.add_argument(
+        "--profile", action="store_true", help="print the ncu and nsys commands for a machine with a GPU, and end"
+    )
     o = ap.parse_args(argv)
     if o.profile:
         from .profile import COMMANDS
@@ -250,20 +311,35 @@ def main(argv: list[str]) -> int:
     peer, absent = None, ""
     if not o.no_peer:
         if importlib.util.find_spec("fla") is None:
-            absent = "flash-linear-attention is absent: pip install --no-deps flash-linear-attention==0.5.2 fla-core==0.5.2"
+            absent = (
+                "flash-linear-attention is absent: pip install --no-deps flash-linear-attention==0.5.2 fla-core==0.5.2"
+            )
         else:
             peer = spawn("bench.fla_counters", shape, {})
-    print(f"simulated sm_{o.arch}, B={o.B} T={o.T} H={o.H} HV={o.HV or o.H} K=V={o.D} bf16; counts, not times; {time.time() - start:.0f} s")
+    print(
+        f"simulated sm_{o.arch}, B={o.B} T={o.T} H={o.H} HV={o.HV or o.H} K=V={o.D} bf16; counts, not times; {time.time() - start:.0f} s"  # noqa: E501
+    )
     good = True
     for phase in mine["phases"]:
         print(f"\n{comparison(mine, peer, phase)}\n")
         for d in filter(None, (mine, peer)):
             worst = max(d["phases"][phase]["errors"].values())
             good &= worst <= TOLERANCE
-            print(f"{d['name']} {phase}, largest relative RMS error {worst:.1e}{'' if worst <= TOLERANCE else ': TOO LARGE'}")
+            print(
+                f"{d['name']} {phase}, largest relative RMS error {worst:.1e}{'' if worst <= TOLERANCE else ': TOO LARGE'}"  # noqa: E501
+            )
             print(kernel_table(d["phases"][phase]["kernels"]) + "\n")
     if absent:
         print(absent)
-    report.save(o.json, {"kind": "simulated", "commit": report.commit(), "shape": vars(o), "ours": mine, "peer": peer, "derived": {
-        d["name"]: {p: derived(x) for p, x in d["phases"].items()} for d in (mine, peer) if d}})  # fmt: skip
+    report.save(
+        o.json,
+        {
+            "kind": "simulated",
+            "commit": report.commit(),
+            "shape": vars(o),
+            "ours": mine,
+            "peer": peer,
+            "derived": {d["name"]: {p: derived(x) for p, x in d["phases"].items()} for d in (mine, peer) if d},
+        },
+    )
     return 0 if good else 1

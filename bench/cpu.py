@@ -1,4 +1,6 @@
-"""CPU times beside the peers installed here, all in one process, interleaved; nothing is timed before it has been found right."""
+"""CPU times beside the peers installed here, all in one process, interleaved; nothing is timed before it has been
+found right.
+"""
 
 import argparse
 import statistics
@@ -39,7 +41,9 @@ def machine_limits() -> dict[str, float]:
 
 
 def floor(case: Case, limits: dict[str, float]) -> float:
-    """Seconds below which the case cannot be on this machine: its FLOPs at the rate of torch.mm, its bytes at that of copy_."""
+    """Seconds below which the case cannot be on this machine: its FLOPs at the rate of torch.mm, its bytes at that
+    of copy_.
+    """
     # states that are used in turn come from DRAM; one set, and what a forward pass reads, may stay in the cache
     bandwidth = limits["dram"] if case.rotate > 1 or case.bytes() > 32 << 20 else max(limits["dram"], limits["cache"])
     compute = 0.0 if case.mode == "decode" else case.flops() / limits[f"mm_{case.dtype}"]
@@ -118,31 +122,58 @@ def measure(case: Case, limits: dict[str, float], budget: float, peers: list[Pee
     times = interleave(runs, budget) if runs else {}
     least = floor(case, limits)
     for name, values in times.items():
-        records[name] |= {"samples": len(values), "median": statistics.median(values), "p20": quantile(values, 0.2), "p80": quantile(values, 0.8)}
+        records[name] |= {
+            "samples": len(values),
+            "median": statistics.median(values),
+            "p20": quantile(values, 0.2),
+            "p80": quantile(values, 0.8),
+        }
         records[name]["over_floor"] = records[name]["median"] / least
     ours = records.get("remora", {}).get("median")
     for name, r in records.items():
         if ours and "median" in r:
             # pairs of one round share the machine's state of that moment
             r["ours_over_this"] = statistics.median(a / b for a, b in zip(times["remora"], times[name], strict=True))
-    return {"case": case.name, "mode": case.mode, "dtype": case.dtype, "floor": least, "flops": case.flops(), "bytes": case.bytes(), "results": records}
+    return {
+        "case": case.name,
+        "mode": case.mode,
+        "dtype": case.dtype,
+        "floor": least,
+        "flops": case.flops(),
+        "bytes": case.bytes(),
+        "results": records,
+    }
 
 
 def show(m: dict[str, Any]) -> str:
     rows, notes = [], []
     for name, r in m["results"].items():
         if r["status"] == "ok":
-            rows.append((r["median"], [
-                name, r["version"], f"{r['median'] * 1e3:.2f}", f"{r['p20'] * 1e3:.2f}", f"{r['p80'] * 1e3:.2f}", r["samples"], f"{r['over_floor']:.1f}",
-                f"{r['ours_over_this']:.2f}" if "ours_over_this" in r else "", f"{max(r['errors'].values()):.0e}",
-            ]))  # fmt: skip
+            rows.append(
+                (
+                    r["median"],
+                    [
+                        name,
+                        r["version"],
+                        f"{r['median'] * 1e3:.2f}",
+                        f"{r['p20'] * 1e3:.2f}",
+                        f"{r['p80'] * 1e3:.2f}",
+                        r["samples"],
+                        f"{r['over_floor']:.1f}",
+                        f"{r['ours_over_this']:.2f}" if "ours_over_this" in r else "",
+                        f"{max(r['errors'].values()):.0e}",
+                    ],
+                )
+            )
         elif r["status"] != "not applicable":
             notes.append(f"  {name}: {r['status']}: {r['reason']}")
         else:
             notes.append(f"  {name}: {r['reason']}")
     head = ["implementation", "version", "ms", "p20", "p80", "n", "x floor", "ours/this", "error"]
     text = f"\n{m['case']}   floor {m['floor'] * 1e3:.2f} ms\n"
-    return text + report.table([r for _, r in sorted(rows, key=lambda x: x[0])], head) + "".join("\n" + n for n in notes)
+    return (
+        text + report.table([r for _, r in sorted(rows, key=lambda x: x[0])], head) + "".join("\n" + n for n in notes)
+    )
 
 
 def main(argv: list[str]) -> int:
@@ -171,7 +202,11 @@ def main(argv: list[str]) -> int:
         document["cases"].append(m)
         print(show(m), flush=True)
         good &= m["results"]["remora"]["status"] == "ok"
-    print("\nms: median of interleaved samples; ours/this: median over rounds of our time over this one's (below 1: ours is faster);")
-    print("floor: FLOPs of the cheapest formulation at torch.mm's rate, or bytes at copy_'s rate, both measured in this run.")
+    print(
+        "\nms: median of interleaved samples; ours/this: median over rounds of our time over this one's (below 1: ours is faster);"  # noqa: E501
+    )
+    print(
+        "floor: FLOPs of the cheapest formulation at torch.mm's rate, or bytes at copy_'s rate, both measured in this run."  # noqa: E501
+    )
     report.save(o.json, document)
     return 0 if good else 1

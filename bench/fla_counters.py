@@ -1,10 +1,13 @@
 """flash-linear-attention's gated delta rule in the simulator: its own host code and Triton kernels, with no GPU.
 
-FLA's Python code runs unchanged on CPU tensors. Triton believes that it drives an A100 or an H100: every kernel that FLA
-launches is compiled to PTX for that target and run by the simulator, which counts. Torch operators between its kernels are
+FLA's Python code runs unchanged on CPU tensors. Triton believes that it drives an A100 or an H100: every kernel that
+FLA
+launches is compiled to PTX for that target and run by the simulator, which counts. Torch operators between its
+kernels are
 listed as aten::*, with the sizes of their operands as bytes.
 
-Autotuned kernels are not timed, so the configuration is chosen by a rule: the largest BK*BV (or BS), then num_warps nearest to
+Autotuned kernels are not timed, so the configuration is chosen by a rule: the largest BK*BV (or BS), then num_warps
+nearest to
 --warps, then num_stages 3, 2, 4, 1; the first that fits the shared memory.
 """
 
@@ -15,7 +18,7 @@ import pathlib
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 os.environ["FLA_DISABLE_BACKEND_DISPATCH"] = "1"  # the Triton kernels, not TileLang or FlashQLA
 os.environ["FLA_CACHE_RESULTS"] = "0"
@@ -76,7 +79,7 @@ class SimDriver(DriverBase):
 class Launcher:
     """Runs a compiled kernel in the simulator; called as Triton calls its launcher."""
 
-    rows: dict[str, counters.Counters] = {}
+    rows: ClassVar[dict[str, counters.Counters]] = {}
 
     def __init__(self, kernel: Any, arch: int):
         self.kernel, self.arch = kernel, arch
@@ -86,7 +89,19 @@ class Launcher:
             raise NotImplementedError(f"{kernel.metadata.name} wants global scratch memory")
         self.runtime = [i for i, type_name in enumerate(kernel.src.signature.values()) if type_name != "constexpr"]
 
-    def __call__(self, x: int, y: int, z: int, stream: Any, function: Any, packed: Any, metadata: Any, enter: Any, leave: Any, *bound: Any) -> None:
+    def __call__(
+        self,
+        x: int,
+        y: int,
+        z: int,
+        stream: Any,
+        function: Any,
+        packed: Any,
+        metadata: Any,
+        enter: Any,
+        leave: Any,
+        *bound: Any,
+    ) -> None:
         args = [bound[i] for i in self.runtime]
         args += [None] * (len(self.module.params(self.entry)) - len(args))  # Triton's scratch pointers
         m = self.kernel.metadata

@@ -1,4 +1,6 @@
-"""What the CUDA launch functions launch for a shape: compiled for sm_90a, linked with a runtime that only takes notes."""
+"""What the CUDA launch functions launch for a shape: compiled for sm_90a, linked with a runtime that only takes
+notes.
+"""
 
 import json
 import pathlib
@@ -49,7 +51,9 @@ class Recorder:
     """The launch functions and the cubins of one dtype and head dimension."""
 
     def __init__(self, dtype: str = "bf16", head_dim: int = 128):
-        chosen = [s for s in nvcc.sources() if not re.search(r"_(bf16|fp16|fp32)", s.name) or wanted(s.name, dtype, head_dim)]
+        chosen = [
+            s for s in nvcc.sources() if not re.search(r"_(bf16|fp16|fp32)", s.name) or wanted(s.name, dtype, head_dim)
+        ]
         objects = [nvcc.compile_one(s, ARCH, "o").path for s in chosen]
         self.cubins: dict[str, str] = {}
         sizes: dict[str, list[int]] = {}
@@ -61,9 +65,23 @@ class Recorder:
         self.sizes = "\n".join(" ".join([n, *map(str, s)]) for n, s in sizes.items())
         self.program = nvcc.CACHE / f"record.{dtype}.{head_dim}"
         source = pathlib.Path(__file__).parent / "timemodel" / "record.cpp"
-        command = [nvcc.nvcc(), "--cudart=none", "-std=c++20", f"-I{nvcc.CSRC}", str(source), *map(str, objects), "-o", str(self.program)]
+        command = [
+            nvcc.nvcc(),
+            "--cudart=none",
+            "-std=c++20",
+            f"-I{nvcc.CSRC}",
+            str(source),
+            *map(str, objects),
+            "-o",
+            str(self.program),
+        ]
         # the instantiations that are not linked are not called
-        run = subprocess.run([*command, "-Xcompiler", "-no-pie", "-Xlinker", "--unresolved-symbols=ignore-all"], capture_output=True, text=True, check=False)
+        run = subprocess.run(
+            [*command, "-Xcompiler", "-no-pie", "-Xlinker", "--unresolved-symbols=ignore-all"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         if run.returncode:
             raise RuntimeError(f"recorder of launches: {run.stderr[-3000:]}")
 
@@ -86,7 +104,16 @@ class Recorder:
             if x["kernel"] == "memset":
                 out.append(Recorded("memset", "", (1, 1, 1), (1, 1, 1), x["bytes"], b""))
             else:
-                out.append(Recorded(x["kernel"], self.cubins[x["kernel"]], triple(x["grid"]), triple(x["block"]), x["smem"], bytes.fromhex(x["params"])))
+                out.append(
+                    Recorded(
+                        x["kernel"],
+                        self.cubins[x["kernel"]],
+                        triple(x["grid"]),
+                        triple(x["block"]),
+                        x["smem"],
+                        bytes.fromhex(x["params"]),
+                    )
+                )
         return out
 
 

@@ -40,7 +40,7 @@ def included(source: pathlib.Path) -> set[pathlib.Path]:
 
 
 def digest(source: pathlib.Path, flags: list[str]) -> str:
-    h = hashlib.sha256(repr(flags).encode())
+    h = hashlib.sha256(repr(flags).replace(str(ROOT), "").encode())
     for f in sorted(included(source)):
         h.update(f.read_bytes())
     return h.hexdigest()[:16]
@@ -56,14 +56,25 @@ class Compiled:
 
 def compile_one(source: pathlib.Path, arch: str, kind: str = "cubin") -> Compiled:
     """kind: cubin, or o for an object with host code and one cubin, without a CUDA runtime."""
-    flags = ["-std=c++20", f"-I{CSRC}", "--expt-relaxed-constexpr", "-lineinfo", "-Xptxas", "-v", "-gencode", f"arch=compute_{arch},code=sm_{arch}"]
+    flags = [
+        "-std=c++20",
+        f"-I{CSRC}",
+        "--expt-relaxed-constexpr",
+        "-lineinfo",
+        "-Xptxas",
+        "-v",
+        "-gencode",
+        f"arch=compute_{arch},code=sm_{arch}",
+    ]
     flags += ["-cubin"] if kind == "cubin" else ["-c", "--cudart=none", "-Xcompiler", "-fPIC"]
     out = CACHE / f"{source.stem}.{arch}.{digest(source, flags)}.{kind}"
     log = out.with_suffix(".log")
     if not out.exists() or not log.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
         temporary = out.with_suffix(f".{os.getpid()}.tmp.{kind}")
-        run = subprocess.run([nvcc(), *flags, str(source), "-o", str(temporary)], capture_output=True, text=True, check=False)
+        run = subprocess.run(
+            [nvcc(), *flags, str(source), "-o", str(temporary)], capture_output=True, text=True, check=False
+        )
         if run.returncode:
             raise RuntimeError(f"nvcc {source.relative_to(ROOT)} for sm_{arch}:\n{run.stderr[-4000:]}")
         log.write_text(run.stderr + run.stdout)

@@ -1,7 +1,9 @@
 """Implementations of the gated delta rule on the CPU: ours and what a user could pick instead.
 
-Each takes tensors in the layout it wants, prepared outside of the timed call. One that cannot be imported is absent, with the
-reason; nothing is dropped without a word."""
+Each takes tensors in the layout it wants, prepared outside of the timed call. One that cannot be imported is absent,
+with the
+reason; nothing is dropped without a word.
+"""
 
 import importlib.metadata
 import importlib.util
@@ -20,7 +22,7 @@ from .cases import Case, Inputs, Outputs
 Run = Callable[[], Outputs]
 
 
-class Absent(Exception):
+class Absent(Exception):  # noqa: N818
     """A peer that this environment does not have, or that does not do a case."""
 
 
@@ -42,6 +44,7 @@ class Peer:
 def backward(f: Callable[..., Tensor], x: Inputs) -> Run:
     """Forward, and backward too if the case wants it. f: differentiable, of q, k, v, g, beta."""
     if x.case.mode == "fwd":
+
         def forward() -> Outputs:
             with torch.no_grad():
                 return {"o": f(x.q, x.k, x.v, x.g, x.beta)}
@@ -84,7 +87,7 @@ def remora_gates(x: Inputs) -> Run:
     if x.case.mode != "decode":
         raise Absent("a variant of the decode step")
     states = [s.clone() for s in x.states]
-    gates = dict(use_gate_in_kernel=True, A_log=x.a_log, dt_bias=x.dt_bias, use_beta_sigmoid_in_kernel=True)
+    gates = {"use_gate_in_kernel": True, "A_log": x.a_log, "dt_bias": x.dt_bias, "use_beta_sigmoid_in_kernel": True}
     a, b = x.a.float(), x.b.float()
     return rotating(x, lambda n: ops.gated_delta_rule_step(x.q, x.k, x.v, a, b, states[n], **gates), states)
 
@@ -95,9 +98,22 @@ def onnx_session(case: Case, dtype: str = "fp32") -> object:
     from onnx import TensorProto, helper
 
     B, T, H, D = case.B, case.T, case.H, case.D
-    shapes = {"q": [B, T, H * D], "k": [B, T, H * D], "v": [B, T, H * D], "past": [B, H, D, D], "decay": [B, T, H], "beta": [B, T, H]}
+    shapes = {
+        "q": [B, T, H * D],
+        "k": [B, T, H * D],
+        "v": [B, T, H * D],
+        "past": [B, H, D, D],
+        "decay": [B, T, H],
+        "beta": [B, T, H],
+    }
     node = helper.make_node(
-        "LinearAttention", list(shapes), ["o", "present"], domain="com.microsoft", q_num_heads=H, kv_num_heads=H, update_rule="gated_delta"
+        "LinearAttention",
+        list(shapes),
+        ["o", "present"],
+        domain="com.microsoft",
+        q_num_heads=H,
+        kv_num_heads=H,
+        update_rule="gated_delta",
     )
     graph = helper.make_graph(
         [node],
@@ -105,11 +121,15 @@ def onnx_session(case: Case, dtype: str = "fp32") -> object:
         [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in shapes.items()],
         [helper.make_tensor_value_info(n, TensorProto.FLOAT, shapes[s]) for n, s in (("o", "v"), ("present", "past"))],
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)], ir_version=10)
+    model = helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)], ir_version=10
+    )
     onnx.checker.check_model(model)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    options.add_session_config_entry("session.force_spinning_stop", "1")  # its threads must not run into the next peer's time
+    options.add_session_config_entry(
+        "session.force_spinning_stop", "1"
+    )  # its threads must not run into the next peer's time
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
@@ -127,7 +147,14 @@ def onnxruntime(x: Inputs) -> Run:
 
     def bind(state: Tensor, new: Tensor) -> object:
         binding = session.io_binding()
-        flat = {"q": x.q.flatten(2), "k": x.k.flatten(2), "v": x.v.flatten(2), "decay": x.g, "beta": x.beta, "past": state}
+        flat = {
+            "q": x.q.flatten(2),
+            "k": x.k.flatten(2),
+            "v": x.v.flatten(2),
+            "decay": x.g,
+            "beta": x.beta,
+            "past": state,
+        }
         for name, t in flat.items():
             binding.bind_input(name, "cpu", 0, numpy.float32, list(t.shape), t.data_ptr())
         for name, t in (("o", o), ("present", new)):
@@ -160,7 +187,15 @@ def onnxruntime_cast(x: Inputs) -> Run:
     """What a bf16 user can do: cast to fp32, the fp32 operator, cast back; the casts are timed."""
     if x.case.dtype != "bf16" or x.case.mode != "fwd":
         raise Absent("a way to do bf16 forward")
-    wide = Inputs(**{**vars(x), "case": Case("fwd", "fp32", x.case.B, x.case.T, x.case.H, x.case.D), "q": x.q.float(), "k": x.k.float(), "v": x.v.float()})
+    wide = Inputs(
+        **{
+            **vars(x),
+            "case": Case("fwd", "fp32", x.case.B, x.case.T, x.case.H, x.case.D),
+            "q": x.q.float(),
+            "k": x.k.float(),
+            "v": x.v.float(),
+        }
+    )
     inner = onnxruntime(wide)
 
     def run() -> Outputs:
@@ -188,7 +223,9 @@ def zentorch(x: Inputs) -> Run:
         def run() -> Outputs:
             nonlocal turn
             turn = (turn + 1) % len(states)
-            ops.gdn_fused_recurrent_gated_delta_rule_packed_decode(mixed, a, b, x.a_log, x.dt_bias, x.scale, states[turn], o, index, False)
+            ops.gdn_fused_recurrent_gated_delta_rule_packed_decode(
+                mixed, a, b, x.a_log, x.dt_bias, x.scale, states[turn], o, index, False
+            )
             return {"o": o, "state": states[turn][1:].transpose(-1, -2)}
 
         return run

@@ -1,6 +1,7 @@
 """For a machine with a GPU: commands for ncu and nsys, and the run that they look at.
 
-    python -m bench.profile [--mode fwd|bwd] [--T 32768] [--H 8]     runs the operator once inside the NVTX range `profile_target`
+python -m bench.profile [--mode fwd|bwd] [--T 32768] [--H 8]     runs the operator once inside the NVTX range
+`profile_target`
 """
 
 import argparse
@@ -12,9 +13,12 @@ import torch
 COMMANDS = """\
 On a machine with a GPU; the range `profile_target` is around the last run only, kernels are compiled with -lineinfo:
 
-  ncu --nvtx --nvtx-include "profile_target/" --set full --import-source yes -o gated_delta_rule python -m bench.profile --mode fwd
-  ncu --nvtx --nvtx-include "profile_target/" --set full --import-source yes -o gated_delta_rule_bwd python -m bench.profile --mode bwd
-  nsys profile --trace cuda,nvtx --capture-range nvtx --nvtx-capture profile_target -o gated_delta_rule python -m bench.profile --mode bwd
+  ncu --nvtx --nvtx-include "profile_target/" --set full --import-source yes \\
+      -o gated_delta_rule python -m bench.profile --mode fwd
+  ncu --nvtx --nvtx-include "profile_target/" --set full --import-source yes \\
+      -o gated_delta_rule_bwd python -m bench.profile --mode bwd
+  nsys profile --trace cuda,nvtx --capture-range nvtx --nvtx-capture profile_target \\
+      -o gated_delta_rule python -m bench.profile --mode bwd
 """
 
 
@@ -31,7 +35,12 @@ def profile_target() -> Iterator[None]:
 
 
 def main() -> int:
-    ap = argparse.ArgumentParser(prog="python -m bench.profile", description=__doc__, epilog=COMMANDS, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap = argparse.ArgumentParser(
+        prog="python -m bench.profile",
+        description=__doc__,
+        epilog=COMMANDS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     ap.add_argument("--mode", choices=("fwd", "bwd"), default="fwd")
     ap.add_argument("--T", type=int, default=32768)
     ap.add_argument("--H", type=int, default=8)
@@ -42,7 +51,10 @@ def main() -> int:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shape = (1, o.T, o.H, o.D)
-    q, k = (torch.nn.functional.normalize(torch.randn(shape), dim=-1).to(device, torch.bfloat16).requires_grad_() for _ in range(2))
+    q, k = (
+        torch.nn.functional.normalize(torch.randn(shape), dim=-1).to(device, torch.bfloat16).requires_grad_()
+        for _ in range(2)
+    )
     v = torch.randn(shape).to(device, torch.bfloat16).requires_grad_()
     g = (-torch.rand(shape[:3])).to(device).requires_grad_()
     beta = torch.rand(shape[:3]).to(device).requires_grad_()

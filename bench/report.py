@@ -15,7 +15,9 @@ def table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> str:
     number = [all(r[k][:1].isdigit() or r[k][:1] in "-–~+<" or not r[k] for r in text[1:]) for k in range(len(header))]
     out = []
     for n, r in enumerate(text):
-        out.append("  ".join(x.rjust(w) if q else x.ljust(w) for x, w, q in zip(r, widths, number, strict=True)).rstrip())
+        out.append(
+            "  ".join(x.rjust(w) if q else x.ljust(w) for x, w, q in zip(r, widths, number, strict=True)).rstrip()
+        )
         if n == 0:
             out.append("  ".join("-" * w for w in widths))
     return "\n".join(out)
@@ -23,7 +25,9 @@ def table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> str:
 
 def commit() -> str:
     root = pathlib.Path(__file__).parent
-    run = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, check=False
+    )
     return run.stdout.strip() or "unknown"
 
 
@@ -34,11 +38,17 @@ def host() -> dict[str, Any]:
     model = "unknown"
     info = pathlib.Path("/proc/cpuinfo")
     if info.exists():
-        model = next((x.split(":")[1].strip() for x in info.read_text().splitlines() if x.startswith("model name")), model)
+        model = next(
+            (x.split(":")[1].strip() for x in info.read_text().splitlines() if x.startswith("model name")), model
+        )
     return {
-        "cpu": model, "capability": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads(), "torch": torch.__version__,
-        "python": platform.python_version(), "commit": commit(),
-    }  # fmt: skip
+        "cpu": model,
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": commit(),
+    }
 
 
 def save(path: str | None, document: dict[str, Any]) -> None:

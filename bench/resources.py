@@ -53,7 +53,9 @@ def demangle(names: list[str]) -> dict[str, str]:
     tool = shutil.which("cu++filt") or shutil.which("c++filt")
     if not tool or not names:
         return {n: n for n in names}
-    text = subprocess.run([tool], input="\n".join(names), capture_output=True, text=True, check=True).stdout.splitlines()
+    text = subprocess.run(
+        [tool], input="\n".join(names), capture_output=True, text=True, check=True
+    ).stdout.splitlines()
     return {n: short(t) for n, t in zip(names, text, strict=True)}
 
 
@@ -61,7 +63,12 @@ def short(name: str) -> str:
     """A demangled kernel without its namespace, parameters and the spelling of types."""
     name = re.sub(r"^void ", "", name)
     name = re.sub(r"\(.*\)$", "", re.sub(r"\(bool\)|\(int\)", "", name))
-    return name.replace("remora::", "").replace("__nv_bfloat16", "bf16").replace("__half", "fp16").replace("(anonymous namespace)::", "")
+    return (
+        name.replace("remora::", "")
+        .replace("__nv_bfloat16", "bf16")
+        .replace("__half", "fp16")
+        .replace("(anonymous namespace)::", "")
+    )
 
 
 def main(argv: list[str]) -> int:
@@ -74,12 +81,28 @@ def main(argv: list[str]) -> int:
     rows = [r for c in nvcc.compile_all(o.arch, match=o.match, jobs=o.jobs) for r in parse(c.log)]
     names = demangle(sorted({r.kernel for r in rows}))
     rows.sort(key=lambda r: (names[r.kernel], o.arch.index(r.arch) if r.arch in o.arch else 99))
-    print(report.table(
-        [[names[r.kernel], f"sm_{r.arch}", r.registers, r.stack, f"{r.spill_stores}/{r.spill_loads}", r.static_smem, r.barriers] for r in rows],
-        ["kernel", "arch", "registers", "stack", "spill st/ld", "static smem", "barriers"],
-    ))  # fmt: skip
+    print(
+        report.table(
+            [
+                [
+                    names[r.kernel],
+                    f"sm_{r.arch}",
+                    r.registers,
+                    r.stack,
+                    f"{r.spill_stores}/{r.spill_loads}",
+                    r.static_smem,
+                    r.barriers,
+                ]
+                for r in rows
+            ],
+            ["kernel", "arch", "registers", "stack", "spill st/ld", "static smem", "barriers"],
+        )
+    )
     bad = [r for r in rows if r.spills]
     print(f"\n{len(rows)} kernels, {len(bad)} with spills" + "".join(f"\n  {names[r.kernel]} sm_{r.arch}" for r in bad))
     print("bytes; dynamic shared memory depends on the launch: `python -m bench model` shows it")
-    report.save(o.json, {"kind": "ptxas", "commit": report.commit(), "kernels": [{**asdict(r), "name": names[r.kernel]} for r in rows]})
+    report.save(
+        o.json,
+        {"kind": "ptxas", "commit": report.commit(), "kernels": [{**asdict(r), "name": names[r.kernel]} for r in rows]},
+    )
     return 1 if bad else 0

@@ -29,7 +29,9 @@ def test_registry_selects_by_words():
 
 
 def test_headline_is_the_default():
-    assert {(c.mode, c.dtype) for c in cases.select(None) if c.T == 4096} == {(m, d) for m in ("fwd", "fwd+bwd") for d in ("fp32", "bf16")}
+    assert {(c.mode, c.dtype) for c in cases.select(None) if c.T == 4096} == {
+        (m, d) for m in ("fwd", "fwd+bwd") for d in ("fp32", "bf16")
+    }
 
 
 def test_floors():
@@ -92,7 +94,12 @@ def test_a_wrong_or_absent_peer_is_listed_and_not_timed():
     peers = [Peer(n, None, f) for n, f in (("broken", broken), ("missing", missing), ("other", other))]
     runs, records = cpu.prepare(case, [*peers, next(p for p in PEERS if p.name == "hand-chunked torch")])
     assert list(runs) == ["hand-chunked torch"]
-    assert {n: r["status"] for n, r in records.items()} == {"broken": "wrong", "missing": "absent", "other": "not applicable", "hand-chunked torch": "ok"}
+    assert {n: r["status"] for n, r in records.items()} == {
+        "broken": "wrong",
+        "missing": "absent",
+        "other": "not applicable",
+        "hand-chunked torch": "ok",
+    }
     text = cpu.show(cpu.measure(case, {"mm_fp32": 1e9, "mm_bf16": 1e9, "dram": 1e9, "cache": 1e9}, 0.1, peers))
     assert "missing: absent: No module named 'nothing'" in text
     assert "broken: wrong" in text
@@ -139,17 +146,29 @@ def test_resources_are_parsed():
     assert first == resources.Row("_Z1kIfEvPT_", "90a", 255, 8, 12, 16, 1024, 6)
     assert first.spills
     assert (second.arch, second.registers, second.static_smem, second.spills) == ("80", 40, 0, False)
-    assert resources.short("void remora::kernel<__nv_bfloat16, (int)128, (bool)0>(remora::Params)") == "kernel<bf16, 128, 0>"
+    assert (
+        resources.short("void remora::kernel<__nv_bfloat16, (int)128, (bool)0>(remora::Params)")
+        == "kernel<bf16, 128, 0>"
+    )
 
 
 def test_counters_are_flattened_and_summed():
     traffic = {"requests": 2, "sectors": 8, "ideal_sectors": 4, "bytes": 128}
     shared = {"requests": 1, "wavefronts": 10, "excess_wavefronts": 3, "bytes": 128}
     stats = {
-        "launches": 1, "ctas": 4, "warp_instructions": 100, "seconds": 0.1, "global_load": traffic, "global_store": traffic, "shared_load": shared,
-        "shared_store": shared, "global_load_footprint": 64, "global_store_footprint": 32, "mma_flops": {"bf16": 1000},
+        "launches": 1,
+        "ctas": 4,
+        "warp_instructions": 100,
+        "seconds": 0.1,
+        "global_load": traffic,
+        "global_store": traffic,
+        "shared_load": shared,
+        "shared_store": shared,
+        "global_load_footprint": 64,
+        "global_store_footprint": 32,
+        "mma_flops": {"bf16": 1000},
         "warp_instructions_by_class": {"barrier": 7},
-    }  # fmt: skip
+    }
     c = counters.add(counters.flatten(stats), counters.flatten(stats))
     d = counters.derived({"total": c, "compulsory": 96, "useful": 1000, "errors": {"o": 0.001}})
     assert d["device bytes touched / compulsory"] == 2
@@ -162,7 +181,9 @@ def test_counters_are_flattened_and_summed():
 # ------------------------------------------------------------------------------------------------------- time model
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-needs_nvdisasm = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton, which has nvdisasm")
+needs_nvdisasm = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="needs triton, which has nvdisasm"
+)
 
 ROLES = r"""
 struct Params { const float* x; float* y; const int* cu; long long T; int H; };
@@ -186,7 +207,8 @@ __global__ void __launch_bounds__(64) roles(const __grid_constant__ Params p) {
     for (int i = 0; i < n; ++i) {
       sync(3 + i % 2);
       const unsigned a = __float_as_uint(tile[i % 2][lane]);
-      asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%4,%4,%4}, {%4,%4}, {%0,%1,%2,%3};"
+      asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+                   "{%0,%1,%2,%3}, {%4,%4,%4,%4}, {%4,%4}, {%0,%1,%2,%3};"
                    : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a));
       arrive(1 + i % 2);
     }
@@ -203,7 +225,9 @@ def roles(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("cubin")
     (folder / "roles.cu").write_text(ROLES)
-    subprocess.run(["nvcc", "-cubin", "-arch=sm_90a", "-std=c++20", "roles.cu", "-o", "roles.cubin"], cwd=folder, check=True)
+    subprocess.run(
+        ["nvcc", "-cubin", "-arch=sm_90a", "-std=c++20", "roles.cu", "-o", "roles.cubin"], cwd=folder, check=True
+    )
     return kernel.load(str(folder / "roles.cubin"))
 
 
@@ -236,7 +260,13 @@ def test_model_grows_with_the_loop_and_with_the_grid(roles):
 
     def modelled(T, grid=6, **options):
         launch = roles_launch(T, **options)
-        return kernel.model(machine.H200, roles, kernel.Launch((grid, 1, 1), launch.block, launch.params, requested=launch.requested, conflict=launch.conflict))
+        return kernel.model(
+            machine.H200,
+            roles,
+            kernel.Launch(
+                (grid, 1, 1), launch.block, launch.params, requested=launch.requested, conflict=launch.conflict
+            ),
+        )
 
     short, longer = modelled(32 * 20), modelled(32 * 30)
     each = (longer.seconds - short.seconds) / 10
@@ -286,7 +316,9 @@ def test_a_missing_arrival_is_a_deadlock():
     with pytest.raises(RuntimeError, match="barrier 1"):
         sm_sim.Sim(machine.H200, 64.0, 300).run(static, [*both[:1], ([1], [])], 1, 1)
     with pytest.raises(NotImplementedError, match="not modelled"):
-        sm_sim.classify(sass.parse(text.replace("BAR.SYNC.DEFER_BLOCKING 0x1, 0x40", "UTMALDG.2D [UR8], [UR4]")), machine.H200)
+        sm_sim.classify(
+            sass.parse(text.replace("BAR.SYNC.DEFER_BLOCKING 0x1, 0x40", "UTMALDG.2D [UR8], [UR4]")), machine.H200
+        )
 
 
 @needs_nvdisasm

@@ -1,1 +1,3 @@
-"""Modelled kernel times from SASS: one multiprocessor, simulated event by event. A developer's tool; see bench/README.md."""
+"""Modelled kernel times from SASS: one multiprocessor, simulated event by event. A developer's tool; see
+bench/README.md.
+"""

@@ -1,7 +1,9 @@
 """Which instructions a warp executes: its control flow, from the kernel's SASS, launch shape and parameters.
 
-Interprets only what decides control: the backward slice of branch conditions and barrier operands (integer and predicate
-instructions, launch constants, special registers), for all 32 lanes. Values that come from memory or from floating-point
+Interprets only what decides control: the backward slice of branch conditions and barrier operands (integer and
+predicate
+instructions, launch constants, special registers), for all 32 lanes. Values that come from memory or from
+floating-point
 arithmetic are unknown; a forward branch on an unknown value is taken to fall through unless the caller decides, and is
 listed; a backward one is an error.
 """
@@ -17,13 +19,18 @@ from .sass import Inst
 M32, M64, SIGN = 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF, 0x80000000
 PARAM_BASE = {80: 0x160, 86: 0x160, 89: 0x160, 90: 0x210, 100: 0x380, 120: 0x380}
 LANES = np.arange(32, dtype=np.uint64)
-UR, P, UP, STACK = 256, 320, 328, 512  # first bit of the uniform registers, predicates, uniform predicates and words of the stack in a register set
+UR, P, UP, STACK = (
+    256,
+    320,
+    328,
+    512,
+)  # first bit of the uniform registers, predicates, uniform predicates and words of the stack in a register set
 
 # A value is an int (all lanes alike), an array of 32 lanes, or None (unknown).
 Value = int | np.ndarray | None
 
 
-class Unknown(Exception):
+class Unknown(Exception):  # noqa: N818
     """Control flow depends on a value that is not known."""
 
 
@@ -48,7 +55,7 @@ class LaunchShape:
 def split_operands(args: str) -> list[str]:
     out, depth, word = [], 0, ""
     for c in args:
-        depth += c in "[(" and 1 or c in "])" and -1 or 0
+        depth += (c in "[(" and 1) or (c in "])" and -1) or 0
         if c == "," and not depth:
             out.append(word.strip())
             word = ""
@@ -76,9 +83,35 @@ def width_of(i: Inst) -> int:
 
 
 NO_RESULT = {
-    "ST", "STG", "STS", "STL", "STSM", "RED", "BAR", "BRA", "BSSY", "BSYNC", "EXIT", "NOP", "WARPSYNC", "MEMBAR", "DEPBAR",
-    "LDGDEPBAR", "LDGSTS", "FENCE", "ERRBAR", "CCTL", "RET", "YIELD", "NANOSLEEP", "BREAK", "WARPGROUP", "BPT", "KILL", "CALL",
-}  # fmt: skip
+    "ST",
+    "STG",
+    "STS",
+    "STL",
+    "STSM",
+    "RED",
+    "BAR",
+    "BRA",
+    "BSSY",
+    "BSYNC",
+    "EXIT",
+    "NOP",
+    "WARPSYNC",
+    "MEMBAR",
+    "DEPBAR",
+    "LDGDEPBAR",
+    "LDGSTS",
+    "FENCE",
+    "ERRBAR",
+    "CCTL",
+    "RET",
+    "YIELD",
+    "NANOSLEEP",
+    "BREAK",
+    "WARPGROUP",
+    "BPT",
+    "KILL",
+    "CALL",
+}
 
 
 def set_bit(word: str) -> int:
@@ -134,7 +167,9 @@ def parse(i: Inst) -> Parsed:
         for m in re.finditer(r"(?<![\w.])(U?[RP])(\d+)\b", w):
             b = {"R": 0, "UR": UR, "P": P, "UP": UP}[m[1]] + int(m[2])
             p.uses |= 1 << b
-            if m[1][-1] == "R" and (".64" in i.op or ".WIDE" in i.op or i.op.startswith("IMAD.HI") or i.base in ("RET", "DADD", "DFMA")):
+            if m[1][-1] == "R" and (
+                ".64" in i.op or ".WIDE" in i.op or i.op.startswith("IMAD.HI") or i.base in ("RET", "DADD", "DFMA")
+            ):
                 p.uses |= 1 << (b + 1)
     if i.base == "P2R":
         p.uses |= 0x7F << P
@@ -184,7 +219,9 @@ class Program:
                 nxt = n
             self.stop[n] = nxt
         self.index = {i.addr: n for n, i in enumerate(code)}
-        self.evaluators = [evaluator(i, p) if f and i.base not in CONTROL else None for i, p, f in zip(code, self.parsed, self.needed)]
+        self.evaluators = [
+            evaluator(i, p) if f and i.base not in CONTROL else None for i, p, f in zip(code, self.parsed, self.needed)
+        ]
 
     def _slice(self) -> list[bool]:
         code = self.code
@@ -227,9 +264,17 @@ class State:
         threads = warp * 32 + LANES
         x, y, _ = shape.block
         self.special: dict[str, Value] = {
-            "SR_TID.X": threads % x, "SR_TID.Y": threads // x % y, "SR_TID.Z": threads // (x * y), "SR_LANEID": LANES,
-            "SR_CTAID.X": block[0], "SR_CTAID.Y": block[1], "SR_CTAID.Z": block[2], "SRZ": 0, "SR_CgaCtaId": 0, "SR_SWINHI": 0,
-        }  # fmt: skip
+            "SR_TID.X": threads % x,
+            "SR_TID.Y": threads // x % y,
+            "SR_TID.Z": threads // (x * y),
+            "SR_LANEID": LANES,
+            "SR_CTAID.X": block[0],
+            "SR_CTAID.Y": block[1],
+            "SR_CTAID.Z": block[2],
+            "SRZ": 0,
+            "SR_CgaCtaId": 0,
+            "SR_SWINHI": 0,
+        }
         if y == 1 and shape.block[2] == 1:
             self.special["SR_TID.Y"] = self.special["SR_TID.Z"] = 0
         self.lanes = np.ones(32, bool)
@@ -249,7 +294,11 @@ class State:
 def wide(low: Value, high: Value) -> Value:
     if low is None or high is None:
         return None
-    return low | (high << 32) if isinstance(low, int) and isinstance(high, int) else u64(low) | (u64(high) << np.uint64(32))
+    return (
+        low | (high << 32)
+        if isinstance(low, int) and isinstance(high, int)
+        else u64(low) | (u64(high) << np.uint64(32))
+    )
 
 
 def u64(v: Value) -> np.ndarray:
@@ -272,31 +321,57 @@ def source(word: str, size: int = 1) -> Getter:
     bits = 32 * size
     mask = (1 << bits) - 1
     if word in ("RZ", "URZ", "SRZ"):
-        get: Getter = lambda s: 0
+
+        def get(s):
+            return 0
     elif m := re.fullmatch(r"(U?R)(\d+)(?:\.(?:64|U32|H0_H0))*", word):
         n = int(m[2]) + (UR if m[1] == "UR" else 0)
         get = (lambda s: s.r[n]) if size == 1 else (lambda s: wide(s.r[n], s.r[n + 1]))
     elif m := re.fullmatch(r"c\[0x0\]\[(0x[0-9a-f]+)\](?:\.\w+)?", word):
         at = int(m[1], 16)
-        get = lambda s: s.constant(at, 4 * size)
+
+        def get(s):
+            return s.constant(at, 4 * size)
     elif re.fullmatch(r"(0x[0-9a-f]+|\d+)", word):
         number = int(word, 0) & mask
-        get = lambda s: number
+
+        def get(s):
+            return number
     else:
-        get = lambda s: None
+
+        def get(s):
+            return None
+
     if absolute:
         plain = get
 
         def get(s: State) -> Value:
             v = plain(s)
-            return None if v is None else (-v & M32 if v & SIGN else v) if isinstance(v, int) else np.where(v & SIGN, (M32 + 1 - v) & M32, v)
+            return (
+                None
+                if v is None
+                else (-v & M32 if v & SIGN else v)
+                if isinstance(v, int)
+                else np.where(v & SIGN, (M32 + 1 - v) & M32, v)
+            )
 
     if neg:
         positive = get
-        get = lambda s: None if (v := positive(s)) is None else (mask + 1 - v) & mask if bits == 32 or isinstance(v, int) else ~v + np.uint64(1)
+
+        def get(s):
+            return (
+                None
+                if (v := positive(s)) is None
+                else (mask + 1 - v) & mask
+                if bits == 32 or isinstance(v, int)
+                else ~v + np.uint64(1)
+            )
     elif inv:
         straight = get
-        get = lambda s: None if (v := straight(s)) is None else v ^ mask
+
+        def get(s):
+            return None if (v := straight(s)) is None else v ^ mask
+
     return get
 
 
@@ -320,8 +395,11 @@ def sel(p: Value, a: Value, b: Value) -> Value:
     if isinstance(p, np.ndarray):
         if a is None or b is None:
             return None
-        return np.where(p, a if isinstance(a, bool) else u64(a) if not (isinstance(a, np.ndarray) and a.dtype == bool) else a,
-                        b if isinstance(b, bool) else u64(b) if not (isinstance(b, np.ndarray) and b.dtype == bool) else b)  # fmt: skip
+        return np.where(
+            p,
+            a if isinstance(a, bool) else u64(a) if not (isinstance(a, np.ndarray) and a.dtype == bool) else a,
+            b if isinstance(b, bool) else u64(b) if not (isinstance(b, np.ndarray) and b.dtype == bool) else b,
+        )
     return None if p is None else a if p else b
 
 
@@ -381,9 +459,13 @@ def as_int(p: Value) -> Value:
 
 
 COMPARE: dict[str, Callable] = {
-    "LT": lambda a, b: a < b, "LE": lambda a, b: a <= b, "GT": lambda a, b: a > b, "GE": lambda a, b: a >= b,
-    "EQ": lambda a, b: a == b, "NE": lambda a, b: a != b,
-}  # fmt: skip
+    "LT": lambda a, b: a < b,
+    "LE": lambda a, b: a <= b,
+    "GT": lambda a, b: a > b,
+    "GE": lambda a, b: a >= b,
+    "EQ": lambda a, b: a == b,
+    "NE": lambda a, b: a != b,
+}
 
 
 def shift_amount(v: Value, wrap: bool) -> int | None:
@@ -452,7 +534,7 @@ def evaluator(i: Inst, p: Parsed) -> Callable[[State], None]:
             if when is False:
                 return
         if not s.lanes.all() and base not in ("R2UR",):
-            when = land(when, s.lanes.copy()) if registers and registers[0][0] < UR or not registers else when
+            when = land(when, s.lanes.copy()) if (registers and registers[0][0] < UR) or not registers else when
         values, flags = compute(s)
         for n, size in registers:
             if size == 2 and n >= 0:
@@ -553,8 +635,11 @@ def semantics(base: str, mods: list[str], i: Inst, p: Parsed) -> Callable[[State
             total = add(prod, addend, *[as_int(t(s)) for t in carry_in if "X" in mods])
             if total is None:
                 return None, (None, None)
-            # of a 64-bit sum the carry shows as wrapping around (a carry in that wraps exactly is not produced by division code)
-            carry: Value = total < prod if long else (total >> 32 if isinstance(total, int) else total >> np.uint64(32)) >= 1
+            # of a 64-bit sum the carry shows as wrapping around (a carry in that wraps exactly is not produced by
+            # division code)
+            carry: Value = (
+                total < prod if long else (total >> 32 if isinstance(total, int) else total >> np.uint64(32)) >= 1
+            )
             if "HI" in mods:
                 total = total >> 32 if isinstance(total, int) else total >> np.uint64(32)
             return total, (carry, None)
@@ -575,7 +660,11 @@ def semantics(base: str, mods: list[str], i: Inst, p: Parsed) -> Callable[[State
                 return None, (None,)
             if "HI" in mods:
                 full = sext(x) if "SX32" in mods else wide(x, z)
-                part = (full >> (32 - sh)) & M32 if isinstance(full, int) else (full >> np.uint64(32 - sh)) & np.uint64(M32)
+                part = (
+                    (full >> (32 - sh)) & M32
+                    if isinstance(full, int)
+                    else (full >> np.uint64(32 - sh)) & np.uint64(M32)
+                )
             else:
                 part = (x << sh) & M32 if isinstance(x, int) else (x << np.uint64(sh)) & np.uint64(M32)
             total = add(part, y, *[as_int(t(s)) for t in carry_in if "X" in mods])
@@ -665,11 +754,18 @@ def semantics(base: str, mods: list[str], i: Inst, p: Parsed) -> Callable[[State
                     if op == "NE":
                         v = lor(v, e)
                     else:
-                        v = lor(v if op in ("LT", "GT") else False if op == "EQ" else (x > y if op == "GE" else x < y), land(x == y, e))
+                        v = lor(
+                            v if op in ("LT", "GT") else False if op == "EQ" else (x > y if op == "GE" else x < y),
+                            land(x == y, e),
+                        )
             third = c(s)
             if xor:
                 both_known = v is not None and third is not None
-                return None, ((v ^ third, ~(v ^ third) if isinstance(v ^ third, np.ndarray) else not (v ^ third)) if both_known else (None, None))
+                return None, (
+                    (v ^ third, ~(v ^ third) if isinstance(v ^ third, np.ndarray) else not (v ^ third))
+                    if both_known
+                    else (None, None)
+                )
             return None, (logic(v, third), logic(lnot(v), third))
 
         return isetp
@@ -705,7 +801,11 @@ def semantics(base: str, mods: list[str], i: Inst, p: Parsed) -> Callable[[State
         slot = stack_slot(i)
         if slot < 0 or size > 2:
             return nothing
-        get_word = source(w[-1], size) if i.base == "STL" else (lambda s: s.r[slot] if size == 1 else wide(s.r[slot], s.r[slot + 1]))
+        get_word = (
+            source(w[-1], size)
+            if i.base == "STL"
+            else (lambda s: s.r[slot] if size == 1 else wide(s.r[slot], s.r[slot + 1]))
+        )
         return lambda s: (get_word(s), ())
     if base == "P2R" and len(w) == 3:
         keep, chosen = source(w[1]), int(w[2], 0)
@@ -715,7 +815,11 @@ def semantics(base: str, mods: list[str], i: Inst, p: Parsed) -> Callable[[State
             for k in range(7):
                 if chosen >> k & 1:
                     bit = as_int(s.r[P + k])
-                    out = None if out is None or bit is None else (out & ~(1 << k) & M32) | (bit << k if isinstance(bit, int) else bit << np.uint64(k))
+                    out = (
+                        None
+                        if out is None or bit is None
+                        else (out & ~(1 << k) & M32) | (bit << k if isinstance(bit, int) else bit << np.uint64(k))
+                    )
             return out, ()
 
         return pack_predicates
@@ -749,7 +853,11 @@ def semantics(base: str, mods: list[str], i: Inst, p: Parsed) -> Callable[[State
             out: Value = 0
             for k in range(4):
                 q = pick >> 4 * k & 15
-                byte = full >> 8 * (q & 7) & 255 if isinstance(full, int) else full >> np.uint64(8 * (q & 7)) & np.uint64(255)
+                byte = (
+                    full >> 8 * (q & 7) & 255
+                    if isinstance(full, int)
+                    else full >> np.uint64(8 * (q & 7)) & np.uint64(255)
+                )
                 if q & 8:
                     byte = (byte >> 7) * 255 if isinstance(byte, int) else (byte >> np.uint64(7)) * np.uint64(255)
                 out = out | (byte << 8 * k if isinstance(byte, int) else byte << np.uint64(8 * k))
@@ -780,7 +888,7 @@ def semantics(base: str, mods: list[str], i: Inst, p: Parsed) -> Callable[[State
 
         return vote
     if base == "ELECT":
-        return lambda s: (0, (LANES == int(np.argmax(s.lanes)),))
+        return lambda s: (0, (int(np.argmax(s.lanes)) == LANES,))
     if base == "POPC":
         g = source(w[0])
         return lambda s: (v.bit_count() if isinstance(v := g(s), int) else None, ())
@@ -809,10 +917,14 @@ def semantics(base: str, mods: list[str], i: Inst, p: Parsed) -> Callable[[State
 
 
 def run_warp(
-    program: Program, shape: LaunchShape, block: tuple[int, int, int], warp: int, decisions: Mapping[int, bool] | None = None,
+    program: Program,
+    shape: LaunchShape,
+    block: tuple[int, int, int],
+    warp: int,
+    decisions: Mapping[int, bool] | None = None,
     limit: int = 40_000_000,
 ) -> Trace:
-    """Executes one warp. decisions: address of a branch with an unknown condition -> taken or not."""  # fmt: skip
+    """Executes one warp. decisions: address of a branch with an unknown condition -> taken or not."""
     code, stop, evaluate = program.code, program.stop, program.evaluators
     s, t = State(shape, block, warp), Trace()
     trace = t.code
@@ -904,7 +1016,9 @@ def resolve(guard: Value, i: Inst, decisions: Mapping[int, bool], t: Trace, s: S
         return np.full(32, decisions[i.addr])
     if guard is None:
         if i.base == "BRA" and 0 <= i.target < s.index:
-            raise Unknown(f"the condition of the loop {i.op} at {i.addr:#x} is unknown: decide it with --branch {i.addr:#x}=0 or 1")
+            raise Unknown(
+                f"the condition of the loop {i.op} at {i.addr:#x} is unknown: decide it with --branch {i.addr:#x}=0 or 1"  # noqa: E501
+            )
         t.assumed.add(i.addr)
         return np.zeros(32, bool)
     return guard if isinstance(guard, np.ndarray) else np.full(32, bool(guard))
@@ -918,7 +1032,9 @@ def barrier_operands(i: Inst, p: Parsed, s: State) -> tuple[int, int]:
     return values[0], values[1] if len(values) > 1 else 0
 
 
-def run_cta(program: Program, shape: LaunchShape, block: tuple[int, int, int], decisions: Mapping[int, bool] | None = None) -> list[Trace]:
+def run_cta(
+    program: Program, shape: LaunchShape, block: tuple[int, int, int], decisions: Mapping[int, bool] | None = None
+) -> list[Trace]:
     """The traces of a CTA's warps; equal ones are one object."""
     threads = shape.block[0] * shape.block[1] * shape.block[2]
     out: list[Trace] = []

@@ -1,7 +1,10 @@
-"""Modelled time of flash-linear-attention's gated delta rule, forward and backward: K = V = 128, chunk 64, bf16, g and beta fp32.
+"""Modelled time of flash-linear-attention's gated delta rule, forward and backward: K = V = 128, chunk 64, bf16, g
+and beta fp32.
 
-Needs the cubins of fla_cubins.py. Loop trip counts, grids and bytes are written down here, since these kernels come from Triton
-and read their chunk indices from memory."""
+Needs the cubins of fla_cubins.py. Loop trip counts, grids and bytes are written down here, since these kernels come
+from Triton
+and read their chunk indices from memory.
+"""
 
 import functools
 import json
@@ -36,9 +39,13 @@ def trips(tag: str, chunks: int | None) -> list[int]:
     meta, code = load(tag)
     cfg = meta["cfg"]
     want = {
-        "h": [chunks], "dhu": [chunks], "kkt": [128 // cfg.get("BK", 64), 14, 14, 14, 14], "wu": [2, 2],
-        "o": [128 // cfg.get("BK", 64)], "wyb": [2, 2, 2],
-    }.get(meta["kernel"], [])  # fmt: skip
+        "h": [chunks],
+        "dhu": [chunks],
+        "kkt": [128 // cfg.get("BK", 64), 14, 14, 14, 14],
+        "wu": [2, 2],
+        "o": [128 // cfg.get("BK", 64)],
+        "wyb": [2, 2, 2],
+    }.get(meta["kernel"], [])
     found = sass.loops(code)
     if not found:
         return []
@@ -87,12 +94,19 @@ def footprint(name: str, H: int, HV: int, T: int, sequences: int) -> tuple[float
     n, nk = T * HV, T * H
     state = sequences * HV * 128 * 128 * 4
     return {
-        "cumsum": (4 * n, 4 * n), "zeros": (0, 128 * n), "kkt": (256 * nk + 8 * n, 80 * n), "wu": (256 * nk + 392 * n, 512 * n),
-        "h": (256 * nk + 516 * n + state, 768 * n + state), "o": (512 * nk + 772 * n, 256 * n),
-        "dvl": (512 * nk + 260 * n, 256 * n), "dhu": (512 * nk + 772 * n + state, 768 * n + state),
-        "dqkwg": (512 * nk + 1796 * n, 772 * n), "wyb": (256 * nk + 904 * n, 520 * n),
-        "add": (512 * n, 256 * n), "sum": (768 * n, 768 * nk),
-    }[name]  # fmt: skip
+        "cumsum": (4 * n, 4 * n),
+        "zeros": (0, 128 * n),
+        "kkt": (256 * nk + 8 * n, 80 * n),
+        "wu": (256 * nk + 392 * n, 512 * n),
+        "h": (256 * nk + 516 * n + state, 768 * n + state),
+        "o": (512 * nk + 772 * n, 256 * n),
+        "dvl": (512 * nk + 260 * n, 256 * n),
+        "dhu": (512 * nk + 772 * n + state, 768 * n + state),
+        "dqkwg": (512 * nk + 1796 * n, 772 * n),
+        "wyb": (256 * nk + 904 * n, 520 * n),
+        "add": (512 * n, 256 * n),
+        "sum": (768 * n, 768 * nk),
+    }[name]
 
 
 def unique(meta: dict, chunks: int | None = None) -> tuple[float, float]:
@@ -100,11 +114,16 @@ def unique(meta: dict, chunks: int | None = None) -> tuple[float, float]:
     bv, n = meta["cfg"].get("BV", 128), chunks or 1
     g = 64 * 32  # a strided fp32 column of 64: one sector each
     return {
-        "cumsum": (g, g), "kkt": (16384 + 2 * g, 5120), "wu": (40960 + 2 * g, 32768),
-        "h": (n * (32768 + 128 * bv + g), n * (128 * bv + 256 * bv)), "o": (32768 + 256 * bv + 128 * bv + g, 128 * bv),
-        "dvl": (49152 + g, 16384), "dhu": (n * (49152 + 256 * bv + g), n * (128 * bv + 256 * bv)),
-        "dqkwg": (147456 + g, 49152 + g), "wyb": (73728 + 2 * g, 32768 + 2 * g),
-    }[meta["kernel"]]  # fmt: skip
+        "cumsum": (g, g),
+        "kkt": (16384 + 2 * g, 5120),
+        "wu": (40960 + 2 * g, 32768),
+        "h": (n * (32768 + 128 * bv + g), n * (128 * bv + 256 * bv)),
+        "o": (32768 + 256 * bv + 128 * bv + g, 128 * bv),
+        "dvl": (49152 + g, 16384),
+        "dhu": (n * (49152 + 256 * bv + g), n * (128 * bv + 256 * bv)),
+        "dqkwg": (147456 + g, 49152 + g),
+        "wyb": (73728 + 2 * g, 32768 + 2 * g),
+    }[meta["kernel"]]
 
 
 @functools.cache
@@ -117,7 +136,10 @@ def named(tag: str, m: Machine, chunks: int | None = None) -> tuple[float, float
     """Bytes that the loads and stores of a CTA name."""
     table, warps = static(tag, m), load(tag)[0]["warps"]
     work = [table[n] for n in trace(tag, chunks)]
-    return (sum(s.bytes for s in work if s.kind in ("ldg", "ldgsts")) * warps, sum(s.bytes for s in work if s.kind == "stg") * warps)
+    return (
+        sum(s.bytes for s in work if s.kind in ("ldg", "ldgsts")) * warps,
+        sum(s.bytes for s in work if s.kind == "stg") * warps,
+    )
 
 
 STEP = 0.05  # rates are rounded to 5 % so that simulations are shared
@@ -130,7 +152,9 @@ def simulate(tag: str, m: Machine, chunks: int | None, resident: int, total: int
     scale = (min(1, ur / read), min(1, uw / max(1, written)))  # masked-off prefetches and repeats that hit L1
     code = trace(tag, chunks)
     bars = [(0, 0)] * sum(static(tag, m)[n].kind == "bar" for n in code)
-    ends, _ = sm_sim.Sim(m, math.exp(rate * STEP), latency * 25, scale).run(static(tag, m), [(code, bars)] * meta["warps"], resident, total)
+    ends, _ = sm_sim.Sim(m, math.exp(rate * STEP), latency * 25, scale).run(
+        static(tag, m), [(code, bars)] * meta["warps"], resident, total
+    )
     return max(ends)
 
 
@@ -138,7 +162,9 @@ def run(tag: str, m: Machine, chunks: int | None, resident: int, total: int, rat
     return simulate(tag, m, chunks, resident, total, round(math.log(rate) / STEP), round(latency / 25))
 
 
-def memory(m: Machine, tag: str, H: int, HV: int, T: int, sequences: int, ctas: int, chunks: int | None, active: int) -> tuple[float, float]:
+def memory(
+    m: Machine, tag: str, H: int, HV: int, T: int, sequences: int, ctas: int, chunks: int | None, active: int
+) -> tuple[float, float]:
     meta, _ = load(tag)
     r, w = footprint(meta["kernel"], H, HV, T, sequences)
     ur, uw = unique(meta, chunks)
@@ -175,7 +201,8 @@ def chain(m: Machine, tag: str, H: int, HV: int, lens: Sequence[int]) -> float:
         a, b = run(tag, m, 6, r, r, rate, latency), run(tag, m, 14, r, r, rate, latency)
         return (b - a) / 8, a - 6 * (b - a) / 8
 
-    # list scheduling: CTAs in order to the emptiest multiprocessor, at most occ on each; progress depends on the residents
+    # list scheduling: CTAs in order to the emptiest multiprocessor, at most occ on each; progress depends on the
+    # residents
     sms: list[list[float]] = [[] for _ in range(m.sms)]
     now, pos = 0.0, 0
     each, fixed = per_chunk(1)

@@ -17,7 +17,8 @@ FAKE_POINTER = 0x7F0000000000
 def pack(text: str) -> bytes:
     """Kernel parameters from text: comma-separated p (some pointer), 0 (null pointer) or type:value, naturally aligned.
 
-    A repeated value is written value*count, for example i64:128*3."""
+    A repeated value is written value*count, for example i64:128*3.
+    """
     out = b""
     for n, item in enumerate(x.strip() for x in text.split(",") if x.strip()):
         word, _, count = item.partition("*")
@@ -59,7 +60,8 @@ class Launch:
     """What the model needs of a launch. Bytes are of the whole launch; None takes what the instructions name.
 
     requested: bytes of the 32-byte sectors that cross L1 (load, store); footprint: the distinct ones.
-    conflict: shared-memory wavefronts over the least possible ones."""
+    conflict: shared-memory wavefronts over the least possible ones.
+    """
 
     grid: tuple[int, int, int]
     block: tuple[int, int, int]
@@ -103,8 +105,12 @@ def longest_cta(kernel: Kernel, launch: Launch) -> list[control.Trace]:
     return max(ctas, key=lambda traces: sum(len(t.code) for t in traces))
 
 
-def share(m: Machine, requested: tuple[float, float], footprint: tuple[float, float], active: int) -> tuple[float, float, float]:
-    """Bytes per cycle that one multiprocessor gets from beyond L1, latency there, and the share of DRAM in the loads."""
+def share(
+    m: Machine, requested: tuple[float, float], footprint: tuple[float, float], active: int
+) -> tuple[float, float, float]:
+    """Bytes per cycle that one multiprocessor gets from beyond L1, latency there, and the share of DRAM in the
+    loads.
+    """
     (r2, w2), (r, w) = requested, footprint
     miss = min(1.0, max(0.0, (r + w - m.l2_bytes) / m.l2_bytes))
     dram_read, dram_write = r * miss, w * miss
@@ -115,7 +121,9 @@ def share(m: Machine, requested: tuple[float, float], footprint: tuple[float, fl
 
 
 def main_loop(code: list[sass.Inst], trace: list[int]) -> tuple[list[int], int, int]:
-    """Where the iterations of the loop with most of a trace end (positions after its backward branch), and head and tail."""
+    """Where the iterations of the loop with most of a trace end (positions after its backward branch), and head and
+    tail.
+    """
     executed = Counter(trace)
     best, found = 0, (0, -1)
     for head, tail in sass.loops(code):
@@ -130,7 +138,8 @@ def shorten(kernel: Kernel, traces: list[control.Trace], keep: int) -> tuple[lis
     """Traces without the middle iterations of their main loop, about `keep` of them left, and how many are gone.
 
     All warps lose the same share, so that what they pass through barriers still matches; warps of one CTA whose loops
-    cannot be cut alike are left as they are."""
+    cannot be cut alike are left as they are.
+    """
     ends = {id(t): main_loop(kernel.code, t.code)[0] for t in traces}
     counts = {n for e in ends.values() if (n := len(e)) >= keep}
     if not counts:
@@ -182,7 +191,9 @@ def model(m: Machine, kernel: Kernel, launch: Launch) -> Modelled:
     rate, latency, missing = share(m, requested, footprint, min(ctas, m.sms))
 
     def run(work: list[control.Trace], resident: int, total: int) -> tuple[float, dict]:
-        ends, stats = sm_sim.Sim(m, rate, latency, scale).run(static, [(t.code, t.barriers) for t in work], resident, total)
+        ends, stats = sm_sim.Sim(m, rate, latency, scale).run(
+            static, [(t.code, t.barriers) for t in work], resident, total
+        )
         return max(ends), stats
 
     per_sm = ctas / m.sms
@@ -201,25 +212,37 @@ def model(m: Machine, kernel: Kernel, launch: Launch) -> Modelled:
     if per_sm > 2 * occ:
         one, _ = run(work, occ, occ)
         seconds *= 1 + (per_sm - total) * (cycles - one) / occ / cycles
-    memory = dict(rate=rate, latency=latency, dram_share=missing, requested=sum(requested), footprint=sum(footprint))
+    memory = {
+        "rate": rate,
+        "latency": latency,
+        "dram_share": missing,
+        "requested": sum(requested),
+        "footprint": sum(footprint),
+    }
     return Modelled(m.launch + seconds, cycles, per_iteration, total, resident, stats, work, memory, counts)
 
 
 def report(m: Machine, kernel: Kernel, launch: Launch, r: Modelled, per: float = 1.0) -> str:
-    """Text: modelled time and what the cycles of the simulated multiprocessor went to, per `per` (for example chunks)."""
+    """Text: modelled time and what the cycles of the simulated multiprocessor went to, per `per` (for example
+    chunks).
+    """
     warps = len(r.traces)
     lines = [
         f"{kernel.function}",
-        f"  modelled {r.seconds * 1e6:.1f} us on {m.name} (measured time is expected at +0..+40 %); grid {math.prod(launch.grid)} x {warps} warps, "
-        f"{kernel.regs} registers, {kernel.stack} bytes of stack, {launch.smem + kernel.static_smem} bytes of shared memory",
+        f"  modelled {r.seconds * 1e6:.1f} us on {m.name} (measured time is expected at +0..+40 %); grid {math.prod(launch.grid)} x {warps} warps, "  # noqa: E501
+        f"{kernel.regs} registers, {kernel.stack} bytes of stack, {launch.smem + kernel.static_smem} bytes of shared memory",  # noqa: E501
         f"  simulated {r.ctas} CTAs, {r.resident} at a time: {r.cycles:.0f} cycles"
         + (f" = {r.cycles / per:.0f} per unit" if per != 1 else "")
-        + (f"; about {ITERATIONS[1]} iterations of the main loop, {r.per_iteration:.0f} cycles each, stand for all" if r.per_iteration else ""),
+        + (
+            f"; about {ITERATIONS[1]} iterations of the main loop, {r.per_iteration:.0f} cycles each, stand for all"
+            if r.per_iteration
+            else ""
+        ),
         f"  memory: {r.memory['rate']:.0f} B/cycle for one multiprocessor, latency {r.memory['latency']:.0f}, "
         f"{r.memory['requested'] / 1e6:.1f} MB beyond L1, {r.memory['footprint'] / 1e6:.1f} MB distinct",
     ]
     s = r.stats
-    busy = dict(issue=s["issued"] / 4, tensor=s["tensor_busy"], shared=s["lsu_busy"], memory=s["mem_busy"])
+    busy = {"issue": s["issued"] / 4, "tensor": s["tensor_busy"], "shared": s["lsu_busy"], "memory": s["mem_busy"]}
     lines.append("  busy: " + ", ".join(f"{k} {v / per:.0f} ({100 * v / r.cycles:.0f} %)" for k, v in busy.items()))
     lines.append("  one warp's cycles" + (" per unit" if per != 1 else "") + ", by role:")
     roles: dict[int, list[int]] = {}
@@ -244,5 +267,7 @@ def report(m: Machine, kernel: Kernel, launch: Launch, r: Modelled, per: float =
     lines.append(f"  instructions of a CTA: {mix}")
     assumed = sorted({hex(a) for t in r.traces for a in t.assumed})
     if assumed:
-        lines.append(f"  branches whose condition is not known (taken to fall through unless decided): {', '.join(assumed)}")
+        lines.append(
+            f"  branches whose condition is not known (taken to fall through unless decided): {', '.join(assumed)}"
+        )
     return "\n".join(lines)

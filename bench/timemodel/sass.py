@@ -41,7 +41,7 @@ class Inst:
 def decode(high: int) -> dict[str, int]:
     """The control fields of an instruction, from its upper 64 bits."""
     c = (high >> 41) & 0x1FFFFF
-    return dict(stall=c & 15, yld=(c >> 4) & 1, wr=(c >> 5) & 7, rd=(c >> 8) & 7, wait=(c >> 11) & 63)
+    return {"stall": c & 15, "yld": (c >> 4) & 1, "wr": (c >> 5) & 7, "rd": (c >> 8) & 7, "wait": (c >> 11) & 63}
 
 
 def functions(cubin: str | pathlib.Path) -> list[str]:
@@ -56,7 +56,7 @@ def resources(cubin: str | pathlib.Path, function: str) -> dict[str, int]:
     m = re.search(rf"Function {re.escape(function)}:\s*\n\s*REG:(\d+) STACK:(\d+) SHARED:(\d+)", text)
     if not m:
         raise ValueError(f"{cubin}: no kernel {function}")
-    return dict(regs=int(m[1]), stack=int(m[2]), smem=int(m[3]))
+    return {"regs": int(m[1]), "stack": int(m[2]), "smem": int(m[3])}
 
 
 def parse(text: str) -> list[Inst]:

@@ -1,16 +1,30 @@
 """One multiprocessor, event by event: the warps of the resident CTAs issue their SASS in order.
 
-An instruction issues when its warp's stall count has run out, the scoreboards in its wait mask are released, tensor-core
+An instruction issues when its warp's stall count has run out, the scoreboards in its wait mask are released,
+tensor-core
 results it names are written, its pipe is free, and its sub-partition's issue slot is free (oldest ready first).
 Variable latencies come from `machine`; global memory is a server with a rate (this SM's share) and a latency.
 """
-import heapq, re
+
+import heapq
+import re
 
 FMA = {"FFMA", "FADD", "FMUL", "FMNMX"}
 IMAD = {"IMAD", "VIADD"}
 HALF = {"HFMA2", "HADD2", "HMUL2"}
 UNI = {"UIADD3", "ULOP3", "UMOV", "USHF", "UIMAD", "ULEA", "USEL", "UISETP", "USGXT", "UPLOP3", "ULDC", "UFLO", "UP2UR"}
-UNSUPPORTED = {"UTMALDG", "UTMASTG", "UTMAREDG", "UBLKCP", "SYNCS", "UTCHMMA", "LDTM", "STTM", "UCGABAR_ARV", "UCGABAR_WAIT"}
+UNSUPPORTED = {
+    "UTMALDG",
+    "UTMASTG",
+    "UTMAREDG",
+    "UBLKCP",
+    "SYNCS",
+    "UTCHMMA",
+    "LDTM",
+    "STTM",
+    "UCGABAR_ARV",
+    "UCGABAR_WAIT",
+}
 MIO_LD = {"LDS", "LDSM", "LD"}  # generic loads are taken for shared ones: nvcc knows the global ones
 MIO_ST = {"STS", "STSM", "ST"}
 
@@ -21,7 +35,27 @@ def width(op):
 
 class Static:
     """What the simulator needs of one instruction, computed once."""
-    __slots__ = ("kind", "pipe", "ii", "lat", "waves", "bytes", "stall", "wr", "rd", "waitm", "src", "dst", "n", "last", "branch", "yld", "pred", "op")
+
+    __slots__ = (
+        "branch",
+        "bytes",
+        "dst",
+        "ii",
+        "kind",
+        "last",
+        "lat",
+        "n",
+        "op",
+        "pipe",
+        "pred",
+        "rd",
+        "src",
+        "stall",
+        "waitm",
+        "waves",
+        "wr",
+        "yld",
+    )
 
 
 def classify(code, m, conflict=1.0):
@@ -32,7 +66,18 @@ def classify(code, m, conflict=1.0):
         s.op, s.stall, s.wr, s.rd, s.yld = b, max(i.stall, 1), i.wr, i.rd, i.yld
         s.waitm = tuple(k for k in range(6) if i.wait >> k & 1)
         s.src, s.dst = i.src, i.dst
-        s.kind, s.pipe, s.ii, s.lat, s.waves, s.bytes, s.n, s.last, s.branch, s.pred = "alu", "alu", m.ii_alu, 0, 0, 0, 0, False, b == "BRA", i.pred
+        s.kind, s.pipe, s.ii, s.lat, s.waves, s.bytes, s.n, s.last, s.branch, s.pred = (
+            "alu",
+            "alu",
+            m.ii_alu,
+            0,
+            0,
+            0,
+            0,
+            False,
+            b == "BRA",
+            i.pred,
+        )
         if b in FMA:
             s.pipe, s.ii = "fma", m.ii_fma
         elif b in IMAD:
@@ -107,7 +152,26 @@ def classify(code, m, conflict=1.0):
 
 
 class Warp:
-    __slots__ = ("id", "cta", "sp", "pc", "ready", "sb", "regs", "groups", "open", "wg_groups", "wg_last", "stores", "start", "wg", "nh", "tr", "bars", "nbar")
+    __slots__ = (
+        "bars",
+        "cta",
+        "groups",
+        "id",
+        "nbar",
+        "nh",
+        "open",
+        "pc",
+        "ready",
+        "regs",
+        "sb",
+        "sp",
+        "start",
+        "stores",
+        "tr",
+        "wg",
+        "wg_groups",
+        "wg_last",
+    )
 
 
 class Sim:
@@ -117,22 +181,25 @@ class Sim:
         self.load_rate, self.store_rate = rate / scale[0], rate / scale[1]
 
     def run(self, stat, traces, resident, total):
-        """Runs `total` CTAs, `resident` at a time; traces: (instruction indices, [(barrier, threads)]) of each warp of a CTA.
+        """Runs `total` CTAs, `resident` at a time; traces: (instruction indices, [(barrier, threads)]) of each warp
+        of a CTA.
 
-        Returns the end time of each CTA and statistics. "why" has the cycles that warps waited beyond their stall counts,
-        by cause; "why_of" the same for each warp of a CTA."""
+        Returns the end time of each CTA and statistics. "why" has the cycles that warps waited beyond their stall
+        counts,
+        by cause; "why_of" the same for each warp of a CTA.
+        """
         m = self.m
         warps = len(traces)
         named = any(b[0] for _, bars in traces for b in bars)
-        pipe = [dict(alu=0, fma=0, xu=0, tensor=0, mio=0, uni=0) for _ in range(4)]
+        pipe = [{"alu": 0, "fma": 0, "xu": 0, "tensor": 0, "mio": 0, "uni": 0} for _ in range(4)]
         slot = [0] * 4
         tensor_sm, lsu, mem = [0.0] * 4, 0.0, 0.0
         heap, seq, launched = [], 0, 0
         ends, barriers, alive, next_sp = [], {}, {}, 0
         why_of = [{} for _ in traces]
         ended = [0.0] * warps
-        stats = dict(issued=0, mem_busy=0.0, lsu_busy=0.0, tensor_busy=0.0)
-        why, sbk = {}, {}                                               # cycles each warp waited, by cause, summed over warps
+        stats = {"issued": 0, "mem_busy": 0.0, "lsu_busy": 0.0, "tensor_busy": 0.0}
+        why, sbk = {}, {}  # cycles each warp waited, by cause, summed over warps
 
         def start_cta(t):
             nonlocal launched, seq, next_sp
@@ -153,9 +220,9 @@ class Sim:
                 ws.append(w)
                 seq += 1
                 heapq.heappush(heap, (t, c * 64 + k, w))
-            for g in range(0, warps, 4):                                # warpgroups share one wgmma stream
-                shared = dict(done=0.0, count=0, sp=ws[g].sp, ends=[])
-                for w in ws[g:g + 4]:
+            for g in range(0, warps, 4):  # warpgroups share one wgmma stream
+                shared = {"done": 0.0, "count": 0, "sp": ws[g].sp, "ends": []}
+                for w in ws[g : g + 4]:
                     w.wg = shared
 
         for _ in range(min(resident, total)):
@@ -179,12 +246,12 @@ class Sim:
             kind = s.kind
             if kind == "cpwait":
                 if len(w.groups) > s.n:
-                    t = max([t] + w.groups[:len(w.groups) - s.n])
+                    t = max([t, *w.groups[: len(w.groups) - s.n]])
             elif kind == "wgwait":
                 if len(w.wg_groups) > s.n:
                     need = w.wg_groups[len(w.wg_groups) - s.n - 1]
                     e = w.wg["ends"]
-                    if len(e) < need:                                   # another warp of the group has not issued it yet
+                    if len(e) < need:  # another warp of the group has not issued it yet
                         t = max(t, t0 + 4)
                     else:
                         t = max(t, e[need - 1] + m.lat_hgmma)
@@ -267,7 +334,8 @@ class Sim:
             elif kind == "hgmma":
                 g = w.wg
                 g["count"] += 1
-                # the four warps of a group issue the same wgmma: it starts when the last has; booked by every fourth issue
+                # the four warps of a group issue the same wgmma: it starts when the last has; booked by every fourth
+                # issue
                 w.wg_last = t
                 g["t"] = max(g.get("t", 0), t)
                 if g["count"] % min(4, warps) == 0:
@@ -283,7 +351,7 @@ class Sim:
                     w.wg_groups.append(w.nh)
             elif kind == "wgwait":
                 if len(w.wg_groups) > s.n:
-                    w.wg_groups = w.wg_groups[len(w.wg_groups) - s.n:] if s.n else []
+                    w.wg_groups = w.wg_groups[len(w.wg_groups) - s.n :] if s.n else []
             elif kind == "wgarrive":
                 w.ready = max(w.ready, t + m.lat_arrive)
             elif kind == "commit":
@@ -292,11 +360,11 @@ class Sim:
                     sb[s.wr] = max(sb[s.wr], t + 8)
             elif kind == "cpwait":
                 if len(w.groups) > s.n:
-                    w.groups = w.groups[len(w.groups) - s.n:] if s.n else []
+                    w.groups = w.groups[len(w.groups) - s.n :] if s.n else []
             elif kind == "membar":
                 w.ready = max(w.ready, t + s.lat)
             elif (kind == "bar" or kind == "arrive") and w.bars[w.nbar][0] < 0:
-                w.nbar += 1                                             # predicated off
+                w.nbar += 1  # predicated off
             elif kind == "bar" or kind == "arrive":
                 name, threads = w.bars[w.nbar]
                 w.nbar += 1
@@ -323,7 +391,7 @@ class Sim:
                 if alive[w.cta] == 0:
                     ends.append(t)
                     if launched < total:
-                        start_cta(t + 60)                              # block scheduler
+                        start_cta(t + 60)  # block scheduler
                 continue
             if s.branch and w.pc < len(tr) and tr[w.pc] != tr[w.pc - 1] + 1:
                 w.ready = max(w.ready, t + m.lat_branch)
@@ -331,10 +399,16 @@ class Sim:
                 w.regs = {r: v for r, v in w.regs.items() if v > t}
             heapq.heappush(heap, (w.ready, key, w))
         if len(ends) < total:
-            stuck = {f"warp {w.id[1]} of CTA {c}: barrier {name}" for c, b in barriers.items() for name, here in b.items() for w, _, waits in here if waits}
+            stuck = {
+                f"warp {w.id[1]} of CTA {c}: barrier {name}"
+                for c, b in barriers.items()
+                for name, here in b.items()
+                for w, _, waits in here
+                if waits
+            }
             raise RuntimeError(f"deadlock: {sorted(stuck)}")
         stats["time"] = max(ends)
         stats["ended"] = ended
         stats["why_of"] = [dict(sorted(x.items(), key=lambda y: -y[1])) for x in why_of]
-        stats["why"] = {k: v for k, v in sorted(why.items(), key=lambda x: -x[1])}
+        stats["why"] = dict(sorted(why.items(), key=lambda x: -x[1]))
         return ends, stats

@@ -30,8 +30,8 @@ namespace remora {
 
 /// copy_tile_async, or a conversion from a wider type.
 template <typename T, int ROWS, int COLS, int kNumThreads, typename TSource>
-__device__ __forceinline__ void load_tile(uint32_t dst, const TSource* src, int64_t stride, int num_rows,
-                                          int num_cols, bool is_aligned) {
+__device__ __forceinline__ void load_tile(uint32_t dst, const TSource* src, int64_t stride, int num_rows, int num_cols,
+                                          bool is_aligned) {
   if constexpr (std::is_same_v<T, TSource>) {
     copy_tile_async<T, ROWS, COLS, kNumThreads>(dst, src, stride, num_rows, num_cols, is_aligned, threadIdx.x);
   } else {
@@ -285,8 +285,8 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
   const WarpPlace place;
   const int lane_idx = threadIdx.x % 32;
   const GatedDeltaRuleShape& shape = params.shape;
-  const int64_t slot = blockIdx.x / shape.num_heads;
-  const int64_t key_head = blockIdx.x % shape.num_heads;
+  const auto num_heads = static_cast<uint32_t>(shape.num_heads);
+  const int64_t slot = blockIdx.x / num_heads, key_head = blockIdx.x % num_heads;
   const Chunk chunk = find_chunk<BLOCK_T>(shape, params.cu_seqlens, slot);
   if (chunk.num_tokens == 0) return;
   const int64_t batch_idx = chunk.first_token / shape.seqlen, token_idx = chunk.first_token % shape.seqlen;
@@ -295,7 +295,7 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
   const int64_t state_slot = first_state_slot(chunk.first_token - chunk.chunk_idx * BLOCK_T, chunk.seq_idx) +
                              chunk.chunk_idx / Traits::kChunksPerState;
 
-  const int group_size = static_cast<int>(shape.num_value_heads / shape.num_heads);
+  const int group_size = static_cast<uint32_t>(shape.num_value_heads) / num_heads;
   const int head_dim = static_cast<int>(shape.head_dim), value_dim = static_cast<int>(shape.value_dim);
   const float scale = static_cast<float>(params.scale);
   const TokenStrides &q_stride = params.q_stride, &k_stride = params.k_stride, &v_stride = params.v_stride;

@@ -2,19 +2,19 @@
 //   E_{p+1} = S_ext_p + M_p E_p, with E_1 = S_ext_0 (span 0 started from the initial state).
 // It replaces S_ext_p in the workspace. fp32, spans and products in ascending order: the result is reproducible.
 //
-// Grid: (sequence, value head, 16 columns of V), flattened on x. E_p in shared memory; a thread owns 4 columns of every
-// 64th row.
+// Grid: (sequence, value head, 8 columns of V), flattened on x. E_p in shared memory; a thread owns 4 columns of every
+// 128th row and reads its rows of M 16 bytes at a time.
 #pragma once
 #include "recurrence/gated_delta_rule/fwd_kernel.cuh"
 
 namespace remora {
 
 constexpr int kCombineThreads = 256;
-constexpr int kCombineCols = 16;
+constexpr int kCombineCols = 8;
 
 __global__ void __launch_bounds__(kCombineThreads)
     gated_delta_rule_fwd_combine_kernel(const __grid_constant__ FwdKernelParams params) {
-  extern __shared__ float smem_state[];  // [K, 16]
+  extern __shared__ float smem_state[];  // [K, 8]
   constexpr int kColGroups = kCombineCols / 4;
   constexpr int kMaxRows = 256 / (kCombineThreads / kColGroups);
   const GatedDeltaRuleShape& shape = params.op.shape;
@@ -49,19 +49,29 @@ __global__ void __launch_bounds__(kCombineThreads)
 #pragma unroll
       for (int j = 0; j < 4; ++j) sum[i][j] = col + j < value_dim ? state[row * value_dim + col + j] : 0.f;
     }
-    if (span > 0) {
-      for (int c = 0; c < head_dim; ++c) {
-        const float4 e = *reinterpret_cast<const float4*>(&smem_state[c * kCombineCols + col_in_tile]);
+    const auto accumulate = [&](float m, int c, float (&to)[4]) {
+      const float4 e = *reinterpret_cast<const float4*>(&smem_state[c * kCombineCols + col_in_tile]);
+      to[0] = fmaf(m, e.x, to[0]);
+      to[1] = fmaf(m, e.y, to[1]);
+      to[2] = fmaf(m, e.z, to[2]);
+      to[3] = fmaf(m, e.w, to[3]);
+    };
 #pragma unroll
-        for (int i = 0; i < kMaxRows; ++i) {
-          const int row = row0 + i * (kCombineThreads / kColGroups);
-          if (row >= head_dim) continue;
-          const float m = transition[row * head_dim + c];
-          sum[i][0] = fmaf(m, e.x, sum[i][0]);
-          sum[i][1] = fmaf(m, e.y, sum[i][1]);
-          sum[i][2] = fmaf(m, e.z, sum[i][2]);
-          sum[i][3] = fmaf(m, e.w, sum[i][3]);
+    for (int i = 0; i < kMaxRows; ++i) {
+      const int row = row0 + i * (kCombineThreads / kColGroups);
+      if (span == 0 || row >= head_dim) continue;
+      const float* transition_row = transition + row * head_dim;
+      if (head_dim % 4 == 0) {
+#pragma unroll 8
+        for (int c = 0; c < head_dim; c += 4) {
+          const float4 m = *reinterpret_cast<const float4*>(transition_row + c);
+          accumulate(m.x, c, sum[i]);
+          accumulate(m.y, c + 1, sum[i]);
+          accumulate(m.z, c + 2, sum[i]);
+          accumulate(m.w, c + 3, sum[i]);
         }
+      } else {
+        for (int c = 0; c < head_dim; ++c) accumulate(transition_row[c], c, sum[i]);
       }
     }
     __syncthreads();

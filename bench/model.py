@@ -9,13 +9,16 @@ difference of
 """
 
 import argparse
+import json
 import math
+import pathlib
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 from . import launches, report
-from .timemodel import fla, kernel, machine
+from .timemodel import control, fla, kernel, machine
 
 BAND = "modelled, +0..+40 %"
 SHAPES = ((64, 64), (8, 8))  # H, HV at B=1, T=32768, D=128
@@ -75,6 +78,45 @@ def ours(
     return rows
 
 
+TENSOR_FLOPS = {"16816": 4096, "1688": 2048}  # of one warp instruction, by the shape in the opcode
+
+
+def trace_counts(x: launches.Recorded) -> tuple[float, int]:
+    """Tensor FLOPs and barrier instructions of a whole launch, from the traces of all its CTAs."""
+    k = kernel.load(x.cubin, x.kernel)
+    shape = control.LaunchShape(x.grid, x.block, x.params)
+    flops, barriers = 0.0, 0
+    for n in range(math.prod(x.grid)):
+        at = (n % x.grid[0], n // x.grid[0] % x.grid[1], n // (x.grid[0] * x.grid[1]))
+        for t in control.run_cta(k.program, shape, at):
+            for index, count in Counter(t.code).items():
+                i = k.code[index]
+                if i.base == "HMMA":
+                    flops += count * TENSOR_FLOPS[i.op.split(".")[1]]
+            barriers += sum(name >= 0 for name, _ in t.barriers)
+    return flops, barriers
+
+
+def cross_check(recorder: launches.Recorder, counted: dict[str, Any]) -> list[dict[str, Any]]:
+    """Tensor FLOPs of the traces against the simulator's counts of the same shape (JSON of `bench counters`)."""
+    o, out = counted["shape"], []
+    s = launches.Shape(o["B"], o["T"], o["H"], o["HV"] or o["H"], o["D"])
+    for mode, phase in (("fwd_train", "forward"), ("bwd", "backward")):
+        traced = [trace_counts(x) for x in recorder.record(mode, s, arch=o["arch"]) if x.cubin]
+        total = counted["ours"]["phases"][phase]["total"]
+        row = {
+            "phase": phase,
+            "trace": sum(f for f, _ in traced),
+            "simulator": sum(n for name, n in total.items() if name.startswith("mma_flops.")),
+            "trace_barriers": sum(b for _, b in traced),
+            "simulator_barriers": total.get("inst.barrier", 0),
+        }
+        row["ratio"] = row["trace"] / row["simulator"]
+        row["good"] = abs(row["ratio"] - 1) <= 0.03
+        out.append(row)
+    return out
+
+
 def main(argv: list[str]) -> int:
     ap = argparse.ArgumentParser(
         prog="python -m bench model", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -93,12 +135,21 @@ def main(argv: list[str]) -> int:
     )
     ap.add_argument("--machine", choices=("h200", "h100"), default="h200")
     ap.add_argument("--verbose", action="store_true", help="where every role's cycles went")
+    ap.add_argument("--check", help="JSON of `bench counters`: compare the traces with its counts, and end")
     ap.add_argument("--json", help="write everything here")
     o = ap.parse_args(argv)
     m = {"h200": machine.H200, "h100": machine.H100}[o.machine]
     from .resources import demangle
 
     recorder = launches.Recorder(o.dtype)
+    if o.check:
+        rows = cross_check(recorder, json.loads(pathlib.Path(o.check).read_text()))
+        for r in rows:
+            print(
+                f"{r['phase']}: tensor FLOP {r['trace']:.0f} in the traces, {r['simulator']:.0f} in the simulator "
+                f"({r['ratio']:.3f}); barriers {r['trace_barriers']} and {r['simulator_barriers']:.0f}"
+            )
+        return 0 if all(r["good"] for r in rows) else 1
     document: dict[str, Any] = {"kind": BAND, "commit": report.commit(), "machine": m.name, "results": []}
     summary: list[Sequence[Any]] = []
     for heads in o.heads:

@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from gated_delta_rule_cases import (
-    HALF,
     SIM,
     Case,
     check,
@@ -187,11 +186,8 @@ def test_one_tensor_as_query_and_key():
         assert torch.equal(value, results(chunk, apart)[name])
 
 
-LOGITS = {
-    "float32": Case(T=70, HV=4),
-    "bfloat16": Case(T=70, HV=4, dtype=torch.bfloat16),
-    **({} if SIM else {"float64": Case(T=70, HV=4, dtype=torch.float64)}),
-}
+# The maps are the same float32 arithmetic for every dtype of q.
+LOGITS = {"float32": Case(T=70, HV=4), **({} if SIM else {"float64": Case(T=70, HV=4, dtype=torch.float64)})}
 
 
 @over(LOGITS)
@@ -201,7 +197,7 @@ LOGITS = {
 def test_gate_and_beta_from_logits(case, function, with_bias, neg_eigval):
     def call(rule, inputs):
         x = inputs.tensors
-        x["A_log"] = torch.tensor([0.01, 1.0, 4.0, 16.0], dtype=x["beta"].dtype).log().requires_grad_()
+        x["A_log"] = torch.tensor([2.0, 1.0, 1.5, 0.02], dtype=x["beta"].dtype).log().requires_grad_()
         x["dt_bias"] = torch.tensor([-4.0, -1.0, 0.0, 25.0], dtype=x["beta"].dtype) if with_bias else None
         x["g"] = (2 * x["g"].detach() + 1).requires_grad_()
         x["beta"] = (4 * x["beta"].detach() - 2).requires_grad_()
@@ -224,9 +220,7 @@ def test_gate_and_beta_from_logits(case, function, with_bias, neg_eigval):
     actual = call(function, make_like(inputs))
     assert actual.keys() == oracle.keys()
     for name, value in actual.items():
-        gradient = name.startswith("d")
-        bound = HALF[case.dtype][gradient] if case.dtype in HALF else None
-        assert_accurate(value, oracle[name], rule[name], name, dtype=case.dtype, relative_rms=bound, gradient=gradient)
+        assert_accurate(value, oracle[name], rule[name], name, dtype=case.dtype, gradient=name.startswith("d"))
 
 
 def make_like(inputs):

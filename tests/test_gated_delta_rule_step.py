@@ -126,7 +126,7 @@ def test_tokens_in_one_call_or_one_by_one(dtype):
 def test_gate_and_beta_from_logits(dtype, with_bias, neg_eigval):
     inputs, tensors, options = step_inputs(Case(B=3, T=2, H=1, HV=4), dtype)
     wide = tensors["beta"].dtype
-    A_log = torch.tensor([0.01, 1.0, 4.0, 16.0], dtype=wide).log()
+    A_log = torch.tensor([16.0, 1.0, 4.0, 0.01], dtype=wide).log()
     dt_bias = torch.tensor([-4.0, -1.0, 0.0, 25.0], dtype=wide) if with_bias else None
     tensors["g"] = 2 * tensors["g"] + 1
     tensors["beta"] = 4 * tensors["beta"] - 2

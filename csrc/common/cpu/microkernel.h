@@ -59,6 +59,11 @@ struct DotBFloat16 {
     return reinterpret_cast<Vec<Word>>(
         _mm512_permutexvar_epi16(lane_index([](int i) { return i / 2 + i % 2 * 16; }), halves));
   }
+  /// What pack rounded away.
+  static REMORA_INLINE Vec<Word> pack_rest(Vec<float> even, Vec<float> odd, Vec<Word> packed) {
+    return pack(even - reinterpret_cast<Vec<float>>(packed << 16),
+                odd - reinterpret_cast<Vec<float>>(packed & 0xffff0000u));
+  }
   /// Word i < 8 holds elements 2i and 2i + 1 of `first`, the others those of `second`.
   static REMORA_INLINE Vec<Word> pack_neighbours(Vec<float> first, Vec<float> second) {
     return reinterpret_cast<Vec<Word>>(_mm512_cvtne2ps_pbh(second, first));
@@ -72,17 +77,24 @@ constexpr int64_t words(int64_t padded) {
   return padded / Op::kPack;
 }
 
-/// acc[i] = sum over n words of operand[.][i] * panel[.].
+/// acc[i] += sum over n words of operand[.][i] * panel[.].
 template <class Op>
-REMORA_INLINE void multiply(Vec<typename Op::Real> (&acc)[kChunk], const typename Op::Word* operand,
-                            const typename Op::Word* panel, int64_t panel_stride, int64_t n) {
+REMORA_INLINE void multiply_add(Vec<typename Op::Real> (&acc)[kChunk], const typename Op::Word* operand,
+                                const typename Op::Word* panel, int64_t panel_stride, int64_t n) {
   using Word = typename Op::Word;
-  unroll<kChunk>([&](auto i) REMORA_ALWAYS_INLINE { acc[i] = Vec<typename Op::Real>{}; });
   for (int64_t k = 0; k < n; ++k) {
     const Vec<Word> y = load<Word>(panel + k * panel_stride);
     const Word* x = operand + k * kChunk;
     unroll<kChunk>([&](auto i) REMORA_ALWAYS_INLINE { Op::accumulate(acc[i], x[i], y); });
   }
+}
+
+/// acc[i] = the same.
+template <class Op>
+REMORA_INLINE void multiply(Vec<typename Op::Real> (&acc)[kChunk], const typename Op::Word* operand,
+                            const typename Op::Word* panel, int64_t panel_stride, int64_t n) {
+  unroll<kChunk>([&](auto i) REMORA_ALWAYS_INLINE { acc[i] = Vec<typename Op::Real>{}; });
+  multiply_add<Op>(acc, operand, panel, panel_stride, n);
 }
 
 /// Matrix [kChunk][kChunk] of products of the tokens of two operands.
@@ -182,21 +194,51 @@ REMORA_INLINE void token_pairs([[maybe_unused]] typename Op::Word* pairs,
   }
 }
 
-/// A panel of a state one vector wide: values [padded][width], and the words products read (the values themselves
-/// unless packed).
+/// A panel of a state one vector wide: values [padded][width] and, if Op packs, the words products read: [padded]
+/// rounded values and [padded] values of what rounding took away. What is read to be written back needs both: its
+/// errors would add up from chunk to chunk.
 template <class Op>
 struct Panel {
+  using Word = typename Op::Word;
   typename Op::Real* values;
-  typename Op::Word* packed;
+  Word* packed;
+  Word* rest;
 
-  REMORA_INLINE const typename Op::Word* operand() const {
+  /// Panel `tile` of a state [tiles][padded][width].
+  static REMORA_INLINE Panel of(typename Op::Real* values, Word* packed, int64_t tile, int64_t padded) {
+    constexpr int64_t w = kWidth<typename Op::Real>;
+    Word* const rounded = packed + 2 * tile * words<Op>(padded) * w;
+    return {values + tile * padded * w, rounded, rounded + words<Op>(padded) * w};
+  }
+  /// Words that `packed` needs for a whole state.
+  static constexpr int64_t packed_size(int64_t padded, int64_t columns) {
+    return Op::kPack == 1 ? 0 : 2 * words<Op>(padded) * columns;
+  }
+
+  REMORA_INLINE const Word* operand() const {
     if constexpr (Op::kPack == 1) {
       return values;
     } else {
       return packed;
     }
   }
+
+  REMORA_INLINE void pack(int64_t k, Vec<typename Op::Real> even, Vec<typename Op::Real> odd) const {
+    constexpr int64_t w = kWidth<typename Op::Real>;
+    const Vec<Word> rounded = Op::pack(even, odd);
+    store<Word>(packed + k / 2 * w, rounded);
+    store<Word>(rest + k / 2 * w, Op::pack_rest(even, odd, rounded));
+  }
 };
+
+/// acc[i] = sum over the padded features of operand[.][i] * panel[.], with the panel unrounded.
+template <class Op>
+REMORA_INLINE void multiply_panel(Vec<typename Op::Real> (&acc)[kChunk], const typename Op::Word* operand,
+                                  const Panel<Op>& panel, int64_t padded) {
+  constexpr int64_t w = kWidth<typename Op::Real>;
+  multiply<Op>(acc, operand, panel.operand(), w, words<Op>(padded));
+  if constexpr (Op::kPack == 2) multiply_add<Op>(acc, operand, panel.rest, w, words<Op>(padded));
+}
 
 /// panel = decay * panel + sum over tokens and terms of token_pairs[.][i] * u[i].
 template <class Op, int kTerms>
@@ -221,24 +263,26 @@ REMORA_INLINE void rank_update(Panel<Op> panel, int64_t padded, typename Op::Rea
       }
     });
   } else {
-    Vec<Word> pairs[kTerms][kChunk / 2];
+    Vec<Word> pairs[kTerms][kChunk];  // rounded, then the rests
     unroll<kTerms>([&](auto t) REMORA_ALWAYS_INLINE {
-      unroll<kChunk / 2>([&](auto i) REMORA_ALWAYS_INLINE { pairs[t][i] = Op::pack(u[t][2 * i], u[t][2 * i + 1]); });
+      unroll<kChunk / 2>([&](auto i) REMORA_ALWAYS_INLINE {
+        pairs[t][i] = Op::pack(u[t][2 * i], u[t][2 * i + 1]);
+        pairs[t][kChunk / 2 + i] = Op::pack_rest(u[t][2 * i], u[t][2 * i + 1], pairs[t][i]);
+      });
     });
     for (int64_t k = 0; k < padded; k += rows) {
       Vec<T> s[rows];
       unroll<rows>([&](auto r) REMORA_ALWAYS_INLINE { s[r] = load<T>(panel.values + (k + r) * w) * decay; });
       unroll<kTerms>([&](auto t) REMORA_ALWAYS_INLINE {
         const Word* xk = x[t] + k * (kChunk / 2);
-        unroll<kChunk / 2>([&](auto i) REMORA_ALWAYS_INLINE {
-          unroll<rows>([&](auto r)
-                           REMORA_ALWAYS_INLINE { Op::accumulate(s[r], xk[r * (kChunk / 2) + i], pairs[t][i]); });
+        unroll<kChunk>([&](auto i) REMORA_ALWAYS_INLINE {
+          unroll<rows>([&](auto r) REMORA_ALWAYS_INLINE {
+            Op::accumulate(s[r], xk[r * (kChunk / 2) + i % (kChunk / 2)], pairs[t][i]);
+          });
         });
       });
       unroll<rows>([&](auto r) REMORA_ALWAYS_INLINE { store<T>(panel.values + (k + r) * w, s[r]); });
-      unroll<rows / 2>([&](auto r) REMORA_ALWAYS_INLINE {
-        store<Word>(panel.packed + (k / 2 + r) * w, Op::pack(s[2 * r], s[2 * r + 1]));
-      });
+      unroll<rows / 2>([&](auto r) REMORA_ALWAYS_INLINE { panel.pack(k + 2 * r, s[2 * r], s[2 * r + 1]); });
     }
   }
 }
@@ -250,8 +294,7 @@ REMORA_INLINE void pack_panel(Panel<Op> panel, int64_t padded) {
     using T = typename Op::Real;
     constexpr int w = kWidth<T>;
     for (int64_t k = 0; k < padded; k += 2) {
-      store<typename Op::Word>(panel.packed + k / 2 * w,
-                               Op::pack(load<T>(panel.values + k * w), load<T>(panel.values + (k + 1) * w)));
+      panel.pack(k, load<T>(panel.values + k * w), load<T>(panel.values + (k + 1) * w));
     }
   }
 }

@@ -46,8 +46,8 @@ struct BwdScratch {
     d_state_transposed = arena.take<Word>(state_words);
     state = arena.take<T>(padded * columns);
     d_state = arena.take<T>(group * padded * columns);
-    state_packed = arena.take<Word>(Op::kPack == 1 ? 0 : state_words);
-    d_state_packed = arena.take<Word>(Op::kPack == 1 ? 0 : group * state_words);
+    state_packed = arena.take<Word>(Panel<Op>::packed_size(padded, columns));
+    d_state_packed = arena.take<Word>(group * Panel<Op>::packed_size(padded, columns));
     dq = arena.take<T>(kStateInterval * padded);
     dk = arena.take<T>(kStateInterval * padded);
     q_rows = arena.take<T>(kChunk * padded);
@@ -67,14 +67,6 @@ int64_t bwd_scratch(const GatedDeltaRuleShape& shape) {
   Arena arena(nullptr);
   BwdScratch<Op, E> scratch(shape, arena);
   return arena.used();
-}
-
-/// The panel of value columns [tile * width, ...) in a state [columns / width][padded][width].
-template <class Op>
-REMORA_INLINE Panel<Op> state_panel(typename Op::Real* values, typename Op::Word* packed, int64_t tile,
-                                    int64_t padded) {
-  const int64_t w = kWidth<typename Op::Real>;
-  return {values + tile * padded * w, packed + tile * words<Op>(padded) * w};
 }
 
 /// Panels of key features from panels of value columns: out [padded / width][columns / kPack][width]. Returns the sum
@@ -135,7 +127,7 @@ REMORA_INLINE void bwd_columns(const KeyChunk<Op>& key, const ValueChunk<typenam
   using T = typename Op::Real;
   constexpr int w = kWidth<T>;
   Vec<T> x[kChunk];
-  multiply<Op>(x, key.k, d_state.operand(), w, words<Op>(padded));
+  multiply_panel<Op>(x, key.k, d_state, padded);
   unroll<kChunk>([&](auto i) REMORA_ALWAYS_INLINE { x[i] *= value.k_write[i]; });
   unroll<kChunk>([&](auto j) REMORA_ALWAYS_INLINE {
     const Vec<T> row = load<T>(d_o.data + j * d_o.stride);
@@ -317,8 +309,8 @@ void bwd(const GatedDeltaRuleBwdParams& p, const GatedDeltaRuleSequence& sequenc
   Arena arena(buffer);
   BwdScratch<Op, E> scratch(shape, arena);
   const auto d_state_panel = [&](int64_t r, int64_t tile) REMORA_ALWAYS_INLINE {
-    return state_panel<Op>(scratch.d_state + r * padded * padded_columns, scratch.d_state_packed + r * state_words,
-                           tile, padded);
+    return Panel<Op>::of(scratch.d_state + r * padded * padded_columns,
+                         scratch.d_state_packed + r * Panel<Op>::packed_size(padded, padded_columns), tile, padded);
   };
 
   for (int64_t r = 0; r < group; ++r) {
@@ -354,7 +346,7 @@ void bwd(const GatedDeltaRuleBwdParams& p, const GatedDeltaRuleSequence& sequenc
           static_cast<const Saved*>(p.saved_states) + (slot * value_heads + value_head) * dims * columns;
       for (int64_t tile = 0; tile < tiles; ++tile) {
         const int64_t lanes = max(0, min(w, columns - tile * w));
-        load_panel(state_panel<Op>(scratch.state, scratch.state_packed, tile, padded),
+        load_panel(Panel<Op>::of(scratch.state, scratch.state_packed, tile, padded),
                    lanes > 0 ? saved + tile * w : nullptr, dims, columns, lanes, false);
       }
 
@@ -371,7 +363,7 @@ void bwd(const GatedDeltaRuleBwdParams& p, const GatedDeltaRuleSequence& sequenc
           E copy[kChunk * w];
           const Tile<E> v_tile =
               whole_tile(v + (sequence.begin + t) * p.v_stride.token + j, p.v_stride.token, tokens, lanes, w, copy);
-          const Panel<Op> state = state_panel<Op>(scratch.state, scratch.state_packed, tile, padded);
+          const Panel<Op> state = Panel<Op>::of(scratch.state, scratch.state_packed, tile, padded);
           Vec<T> u[1][kChunk];
           solve_tile<Op>(u[0], key, value, state, padded, v_tile, scratch.residual + c * kChunk * padded_columns + j,
                          padded_columns);

@@ -143,7 +143,7 @@ REMORA_INLINE void solve_tile(Vec<typename Op::Real> (&u)[kChunk], const KeyChun
                               const ValueChunk<typename Op::Real>& value, const Panel<Op>& state, int64_t padded,
                               const Tile<E>& v, typename Op::Real* residual, int64_t residual_stride) {
   using T = typename Op::Real;
-  multiply<Op>(u, key.k, state.operand(), kWidth<T>, words<Op>(padded));
+  multiply_panel<Op>(u, key.k, state, padded);
   unroll<kChunk>([&](auto i) REMORA_ALWAYS_INLINE { u[i] = load<T>(v.data + i * v.stride) - u[i] * value.k_read[i]; });
   unroll<kChunk>([&](auto j) REMORA_ALWAYS_INLINE {
     if (residual) store<T>(residual + j * residual_stride, u[j]);

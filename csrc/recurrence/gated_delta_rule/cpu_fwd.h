@@ -10,7 +10,8 @@ struct FwdScratch {
   using T = typename Op::Real;
   KeyChunk<Op>* key;
   ValueChunk<T>* value;
-  Panel<Op> state;  // panels [V / width]
+  T* state;  // panels
+  typename Op::Word* packed;
   E* copy;
 
   FwdScratch(const GatedDeltaRuleShape& shape, Arena& arena) {
@@ -19,15 +20,12 @@ struct FwdScratch {
     KeyChunk<Op> counted;
     (key ? *key : counted).take(arena, padded);
     value = arena.take<ValueChunk<T>>(1);
-    state.values = arena.take<T>(padded * columns);
-    state.packed = arena.take<typename Op::Word>(Op::kPack == 1 ? 0 : words<Op>(padded) * columns);
+    state = arena.take<T>(padded * columns);
+    packed = arena.take<typename Op::Word>(Panel<Op>::packed_size(padded, columns));
     copy = arena.take<E>(operand_copy_size(shape.head_dim));
   }
 
-  Panel<Op> panel(int64_t tile, int64_t padded) const {
-    const int64_t w = kWidth<T>;
-    return {state.values + tile * padded * w, state.packed + tile * words<Op>(padded) * w};
-  }
+  Panel<Op> panel(int64_t tile, int64_t padded) const { return Panel<Op>::of(state, packed, tile, padded); }
 };
 
 template <class Op, class E>

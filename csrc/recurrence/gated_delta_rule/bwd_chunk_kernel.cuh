@@ -138,7 +138,8 @@ __device__ __forceinline__ void compute_residual(FragC (&r)[Traits::BLOCK_V / 16
   const WarpPlace place;
   const int col0 = place.half * (Traits::BLOCK_V / 2);
   FragC p[kTiles] = {};
-#pragma unroll
+  // float: rolled up, or the addresses of the many narrow loads spill
+#pragma unroll(sizeof(T) == 4 ? 1 : Traits::HEAD_DIM / 16)
   for (int step = 0; step < Traits::HEAD_DIM; step += 16) {
     const FragA<T> a = SmemTile<T, Traits::HEAD_DIM>::load_a(k, place.row0, step);
 #pragma unroll
@@ -235,7 +236,7 @@ __device__ __forceinline__ void advance_state(const FragC (&r)[Traits::BLOCK_V /
         s[n].r[2 * i + 1] = decay * x.y;
       }
     }
-#pragma unroll
+#pragma unroll(sizeof(T) == 4 ? 1 : Traits::BLOCK_T / 16)
     for (int step = 0; step < Traits::BLOCK_T; step += 16) {
       const FragA<T> a = SmemTile<T, Traits::HEAD_DIM>::load_a_trans(k, step, row0);
 #pragma unroll

@@ -26,8 +26,8 @@ struct BwdStateTraits : BwdTraits<T_, HEAD_DIM_> {
   static constexpr int BLOCK_V = 64;
   static constexpr int kNumChainWarps = BLOCK_V / 16;
   static constexpr int kNumStages = kNumStages_;
-  static constexpr int kNumGroups = kNumStages == 1 ? 1 : 2;
-  static constexpr int kNumPrepareWarps = 4;  // of a group
+  static constexpr int kNumGroups = kNumStages == 1 || sizeof(T_) == 4 ? 1 : 2;  // float: for want of registers
+  static constexpr int kNumPrepareWarps = 4;                                     // of a group
   static constexpr int kNumThreads = (kNumChainWarps + kNumGroups * kNumPrepareWarps) * 32;
 
   enum Barrier { kPrepareRole = 1, kFull = kPrepareRole + kNumGroups, kEmpty = kFull + kNumStages };

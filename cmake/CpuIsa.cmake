@@ -16,7 +16,7 @@ function(remora_cpu_sources target)
     foreach(isa IN LISTS REMORA_CPU_ISAS)
       target_sources(${target} PRIVATE csrc/${operator}/cpu_${isa}.cpp)
       set_source_files_properties(csrc/${operator}/cpu_${isa}.cpp PROPERTIES COMPILE_OPTIONS
-                                  "-O3;-fno-math-errno;${REMORA_CPU_FLAGS_${isa}}")
+                                  "-O3;-fno-math-errno;-ffp-contract=fast;-Wno-psabi;-Wno-maybe-uninitialized;${REMORA_CPU_FLAGS_${isa}}")
     endforeach()
   endforeach()
 endfunction()

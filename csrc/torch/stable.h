@@ -31,7 +31,7 @@
 #define REMORA_DISPATCH_KEY CPU
 #endif
 #if defined(REMORA_BACKEND_SIM)
-#include "ptxsim/ptxsim.hpp"
+#include "ptxsim/ptxsim.h"
 #endif
 
 namespace remora {

@@ -272,8 +272,12 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
       }
     }
 
-    // dS^T
-    const float decay = exp2_approx(coef.cumsum[BLOCK_T - 1]);
+    // dS^T; for half times a power of two, or else a strong first decay would leave its operands below their range
+    float lift = 1.f;
+    if constexpr (std::is_same_v<T, __half>) {
+      lift = __uint_as_float(static_cast<uint32_t>(127.f + fminf(fmaxf(ceilf(-coef.cumsum[0]), 0.f), 100.f)) << 23);
+    }
+    const float decay = exp2_approx(coef.cumsum[BLOCK_T - 1]) * lift;
 #pragma unroll
     for (int n = 0; n < kTilesK; ++n) {
 #pragma unroll
@@ -292,9 +296,9 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const float2 pair = pair_of(a_d_o, 2 * h + e);
-          set_pair(a_d_o, 2 * h + e, make_float2(pair.x * q_in.x, pair.y * q_in.y));
-          beta_x[h].r[2 * e] = x[2 * i + h].r[2 * e] * (-beta.x * k_in.x);
-          beta_x[h].r[2 * e + 1] = x[2 * i + h].r[2 * e + 1] * (-beta.y * k_in.y);
+          set_pair(a_d_o, 2 * h + e, make_float2(pair.x * (q_in.x * lift), pair.y * (q_in.y * lift)));
+          beta_x[h].r[2 * e] = x[2 * i + h].r[2 * e] * (-beta.x * (k_in.x * lift));
+          beta_x[h].r[2 * e + 1] = x[2 * i + h].r[2 * e + 1] * (-beta.y * (k_in.y * lift));
         }
       }
       const FragA<T> a_x = make_a<T>(beta_x[0], beta_x[1]);
@@ -308,6 +312,14 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
           mma(d_state[n + h], a_d_o, b_q[h]);
           mma(d_state[n + h], a_x, b_k[h]);
         }
+      }
+    }
+    if constexpr (std::is_same_v<T, __half>) {
+      const float lower = 1.f / lift;
+#pragma unroll
+      for (int n = 0; n < kTilesK; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) d_state[n].r[i] *= lower;
       }
     }
 

@@ -483,8 +483,25 @@ __device__ __forceinline__ void state_subroutine(const FwdKernelParams& params, 
       for (int j = 0; j < NUM_BLOCKS; ++j) x[j] = make_a<T>(r[2 * j], r[2 * j + 1]);
       apply_causal<T, BLOCK_T, false>(o, x, tile_a);
     }
+    // The rounding error of a token's bfloat16 operand is handed to the next one of the same lane: where keys are
+    // alike, the errors of a chunk cancel in the state instead of adding up.
+    float error[2] = {};
 #pragma unroll
-    for (int j = 0; j < NUM_BLOCKS; ++j) x[j] = scaled_operand(r, coef.k_out, j);
+    for (int j = 0; j < NUM_BLOCKS; ++j) {
+      FragC y[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float2 k_out = column_pair(coef.k_out, 2 * j + half);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          float& value = y[half].r[i];
+          value = fmaf(r[2 * j + half].r[i], i % 2 ? k_out.y : k_out.x, error[i / 2]);
+          if constexpr (std::is_same_v<T, __nv_bfloat16>)
+            error[i / 2] = value - __bfloat162float(__float2bfloat16(value));
+        }
+      }
+      x[j] = make_a<T>(y[0], y[1]);
+    }
 #pragma unroll
     for (int j = 0; j < NUM_BLOCKS; ++j) {
 #pragma unroll

@@ -76,8 +76,8 @@ inline int plan_num_spans(int64_t num_chains, int64_t num_v_tiles, int64_t num_t
 
 inline FwdConfig plan_fwd(const GatedDeltaRuleShape& shape, DType dtype, int num_sms, int arch) {
   FwdConfig config;
-  if (dtype == DType::kFloat64 || shape.head_dim > 256) return config;
-  config.head_dim = shape.head_dim <= 64 ? 64 : shape.head_dim <= 128 ? 128 : 256;
+  if (dtype == DType::kFloat64 || shape.head_dim > 128) return config;
+  config.head_dim = shape.head_dim <= 64 ? 64 : 128;
   const FwdTile tile{static_cast<int>(size_of(dtype)), config.head_dim};
   constexpr int kRings[][2] = {{4, 2}, {3, 2}, {2, 1}, {1, 1}};
   for (const auto& [num_stages, num_scratches] : kRings) {

@@ -24,14 +24,8 @@ bool is_aligned_16(const void* p, const TokenStrides& stride, int64_t element_si
 template <typename T>
 cudaError_t launch_fwd_pass_of(const FwdKernelParams& params, const FwdConfig& config, bool is_summary, bool is_aligned,
                                cudaStream_t stream) {
-  switch (config.head_dim) {
-    case 64:
-      return launch_fwd_pass<T, 64>(params, config, is_summary, is_aligned, stream);
-    case 128:
-      return launch_fwd_pass<T, 128>(params, config, is_summary, is_aligned, stream);
-    default:
-      return launch_fwd_pass<T, 256>(params, config, is_summary, is_aligned, stream);
-  }
+  return config.head_dim == 64 ? launch_fwd_pass<T, 64>(params, config, is_summary, is_aligned, stream)
+                               : launch_fwd_pass<T, 128>(params, config, is_summary, is_aligned, stream);
 }
 
 }  // namespace
@@ -46,7 +40,7 @@ Error gated_delta_rule_fwd(const GatedDeltaRuleFwdParams& params, const Launch& 
   const cudaStream_t stream = static_cast<cudaStream_t>(launch.stream);
   const int64_t element_size = size_of(params.dtype);
   const FwdConfig config = plan_fwd(shape, params.dtype, launch.num_sms, launch.arch);
-  if (config.head_dim == 0) return "gated_delta_rule_fwd on CUDA: head_dim must be at most 256, dtype not float64";
+  if (config.head_dim == 0) return "gated_delta_rule_fwd on CUDA: head_dim must be at most 128, dtype not float64";
   if (std::max(config.num_output_ctas, config.num_summary_ctas) > kMaxCtas) {
     return "gated_delta_rule_fwd on CUDA: num_seqs * num_value_heads * ceil(value_dim / 64) is too large";
   }

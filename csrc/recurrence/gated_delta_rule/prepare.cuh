@@ -68,7 +68,15 @@ __device__ __forceinline__ void mma_merge(FragC& c, const FragA<float>& a, const
   if constexpr (sizeof(T) == 4) {
     mma(c, a, b);
   } else {
-    mma_tf32(c, a, b);
+    // The tensor core truncates, and the errors of a chunk of alike keys would add up: round to nearest instead.
+    const auto rounded = [](float x) { return __uint_as_float(__float_as_uint(x) + 0x1000u); };
+    FragA<float> a_rounded;
+    FragB<float> b_rounded;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) a_rounded.r[i] = rounded(a.r[i]);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) b_rounded.r[i] = rounded(b.r[i]);
+    mma_tf32(c, a_rounded, b_rounded);
   }
 }
 

@@ -7,11 +7,11 @@ namespace remora {
 
 struct FwdTile {
   int element_size;  // bytes of q, k, v
-  int head_dim;      // 64, 128 or 256: the key dimension, zero-filled up to it
+  int head_dim;      // 64 or 128: the key dimension, zero-filled up to it
 
-  // Tokens a chunk. 64 balances the C-terms against the KV-terms; 32 where K and Q tiles of 64 rows would not fit in
-  // 99 KB (float) or the state leaves too few registers for the other accumulators (head_dim 256).
-  constexpr int block_t() const { return element_size == 4 || head_dim == 256 ? 32 : 64; }
+  // Tokens a chunk. 64 balances the C-terms against the KV-terms; 32 for float, whose K and Q tiles of 64 rows would
+  // not fit in 99 KB.
+  constexpr int block_t() const { return element_size == 4 ? 32 : 64; }
 
   constexpr int key_tile_size() const { return block_t() * head_dim * element_size; }
   constexpr int num_causal_blocks() const { return block_t() / 16 * (block_t() / 16 + 1) / 2; }

@@ -12,6 +12,7 @@ from remora import _ext
 from remora.ops import check
 
 MAX_HEAD_DIM = 256
+MAX_CHUNK_HEAD_DIM_CUDA = 128  # of K in the chunked kernels; more would spill registers
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,10 @@ class _Inputs:
         return ("[N, HV, V, K]", [rows, HV, V, K]) if v_first else ("[N, HV, K, V]", [rows, HV, K, V])
 
 
+def _runs_on_cpu_kernels(tensor: Tensor) -> bool:
+    return tensor.device.type == "meta" or (tensor.device.type == "cpu" and _ext.HOST_BACKEND == "cpu")
+
+
 def _check_inputs(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, scale: float | None, *, has_gate: bool
 ) -> _Inputs:
@@ -39,8 +44,7 @@ def _check_inputs(
     _ext.require_backend(q, "q")
     if q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
-    on_cpu_kernels = q.device.type == "meta" or (q.device.type == "cpu" and _ext.HOST_BACKEND == "cpu")
-    check.has_dtype(q, "q", check.FLOATS if on_cpu_kernels else check.FLOATS[1:])
+    check.has_dtype(q, "q", check.FLOATS if _runs_on_cpu_kernels(q) else check.FLOATS[1:])
     if q.dim() != 4:
         raise ValueError(f"q must have shape [B, T, H, K], got {list(q.shape)}")
     B, T, H, K = q.shape
@@ -123,6 +127,11 @@ class _Call:
             x.scale, use_qk_l2norm, output_final_state, state_v_first,
         )  # fmt: skip
 
+    def check_chunk_head_dim(self) -> None:
+        q = self.inputs.q
+        if not _runs_on_cpu_kernels(q):
+            check.in_range(q.shape[3], "on CUDA, the head size K of q and k", 1, MAX_CHUNK_HEAD_DIM_CUDA)
+
     def needs_grad(self) -> bool:
         x = self.inputs
         tensors = (x.q, x.k, x.v, x.g, x.beta, self.initial_state)
@@ -159,6 +168,7 @@ def _prepare(
 
 
 def _chunk(call: _Call, use_qk_l2norm: bool, output_final_state: bool, v_first: bool) -> tuple[Tensor, Tensor | None]:
+    call.check_chunk_head_dim()
     o, final_state, _ = torch.ops.remora.gated_delta_rule_fwd(
         *call.arguments(use_qk_l2norm, output_final_state, v_first), call.needs_grad()
     )
@@ -168,6 +178,8 @@ def _chunk(call: _Call, use_qk_l2norm: bool, output_final_state: bool, v_first: 
 def _recurrent(
     call: _Call, use_qk_l2norm: bool, output_final_state: bool, v_first: bool
 ) -> tuple[Tensor, Tensor | None]:
+    if call.needs_grad():
+        call.check_chunk_head_dim()
     o, final_state = torch.ops.remora.gated_delta_rule_recurrent_fwd(
         *call.arguments(use_qk_l2norm, output_final_state, v_first)
     )
@@ -210,7 +222,7 @@ def chunk_gated_delta_rule(
     later token, not even through a NaN.
 
     Args:
-        q: [B, T, H, K] queries; float32, bfloat16 or float16 (float64 on the CPU), K in 1...256.
+        q: [B, T, H, K] queries; float32, bfloat16 or float16 (float64 on the CPU), K in 1...256, on CUDA 1...128.
         k: [B, T, H, K] keys, same dtype. The rule is stable for keys of length at most one: normalise them or set
             `use_qk_l2norm_in_kernel`.
         v: [B, T, HV, V] values, same dtype; HV is a multiple of H, and value head h reads query and key head
@@ -297,7 +309,8 @@ def fused_recurrent_gated_delta_rule(
     """`chunk_gated_delta_rule` computed token by token: for short inputs, and in float32 without tensor cores.
 
     Differentiable; the gradient is that of the chunked form. `g` may be None (no decay) and `beta` None (ones).
-    Gates per channel (`gk`, `gv`) are not part of this operator and must be None. Other arguments, returns and errors
+    On CUDA, K above 128
+    has no gradient. Gates per channel (`gk`, `gv`) are not part of this operator and must be None. Other arguments, returns and errors
     as in `chunk_gated_delta_rule`.
     """
     for name, gate in (("gk", gk), ("gv", gv)):

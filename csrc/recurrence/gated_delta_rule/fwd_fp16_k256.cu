@@ -1,7 +1,0 @@
-#include "recurrence/gated_delta_rule/fwd_launch_impl.cuh"
-
-namespace remora {
-
-template cudaError_t launch_fwd_pass<__half, 256>(const FwdKernelParams&, const FwdConfig&, bool, bool, cudaStream_t);
-
-}  // namespace remora

@@ -38,7 +38,9 @@ def compile_object(command: list[str]) -> int:
     rest = [line for line in done.stderr.splitlines() if "ptxas info" not in line and not STACK.search(line)]
     sys.stderr.write("".join(f"{line}\n" for line in rest))
     if done.returncode == 0 and "-o" in command:
-        Path(command[command.index("-o") + 1] + ".resources").write_text("".join(f"{line}\n" for line in kernels(done.stderr)))
+        Path(command[command.index("-o") + 1] + ".resources").write_text(
+            "".join(f"{line}\n" for line in kernels(done.stderr))
+        )
     return done.returncode
 
 

@@ -1,5 +1,6 @@
-// Prints what the CUDA launch functions would launch for a shape, as JSON lines: kernel, grid, block, dynamic shared memory
-// and parameters. Linked with the objects of csrc/**/*.cu in place of the CUDA runtime; nothing runs and no pointer is read.
+// Prints what the CUDA launch functions would launch for a shape, as JSON lines: kernel, grid, block, dynamic shared
+// memory and parameters. Linked with the objects of csrc/**/*.cu in place of the CUDA runtime; nothing runs and no
+// pointer is read.
 //
 // usage: record fwd|fwd_train|bwd|step B T H HV K V DTYPE NUM_SMS ARCH < "KERNEL SIZE [SIZE ...]" lines
 #include <driver_types.h>

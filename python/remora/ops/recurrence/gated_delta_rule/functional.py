@@ -308,10 +308,9 @@ def fused_recurrent_gated_delta_rule(
 ) -> tuple[Tensor, Tensor | None]:
     """`chunk_gated_delta_rule` computed token by token: for short inputs, and in float32 without tensor cores.
 
-    Differentiable; the gradient is that of the chunked form. `g` may be None (no decay) and `beta` None (ones).
-    On CUDA, K above 128
-    has no gradient. Gates per channel (`gk`, `gv`) are not part of this operator and must be None. Other arguments, returns and errors
-    as in `chunk_gated_delta_rule`.
+    Differentiable; the gradient is that of the chunked form, which on CUDA takes K up to 128. `g` may be None (no
+    decay) and `beta` None (ones). Gates per channel (`gk`, `gv`) are not part of this operator and must be None.
+    Other arguments, returns and errors as in `chunk_gated_delta_rule`.
     """
     for name, gate in (("gk", gk), ("gv", gv)):
         if gate is not None:

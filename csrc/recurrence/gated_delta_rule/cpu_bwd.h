@@ -4,6 +4,8 @@
 // again from the saved one, then its chunks are walked back with dS, the gradient of the state that leaves them.
 // Sums over the value heads of a key head run in the order of the heads.
 #pragma once
+#include <algorithm>
+
 #include "recurrence/gated_delta_rule/cpu.h"
 #include "recurrence/gated_delta_rule/cpu_chunk.h"
 
@@ -21,6 +23,7 @@ struct BwdScratch {
   ValueChunk<T>* values;     // [chunks]
   T* residual;               // [chunks][kChunk][columns]
   Word* states;              // [chunks] transposed states entering the chunk
+  T* state_values;           // [chunks] panels of the same, unrounded
   Word* d_state_transposed;  // dS leaving the chunk, transposed
   T *state, *d_state;        // panels; d_state of every value head of the group
   Word *state_packed, *d_state_packed;
@@ -43,6 +46,7 @@ struct BwdScratch {
     values = arena.take<ValueChunk<T>>(kChunksPerInterval);
     residual = arena.take<T>(kStateInterval * columns);
     states = arena.take<Word>(kChunksPerInterval * state_words);
+    state_values = arena.take<T>(kChunksPerInterval * padded * columns);
     d_state_transposed = arena.take<Word>(state_words);
     state = arena.take<T>(padded * columns);
     d_state = arena.take<T>(group * padded * columns);
@@ -69,15 +73,13 @@ int64_t bwd_scratch(const GatedDeltaRuleShape& shape) {
   return arena.used();
 }
 
-/// Panels of key features from panels of value columns: out [padded / width][columns / kPack][width]. Returns the sum
-/// of products with `other`, in the layout of `out`, if that is given.
+/// Panels of key features from panels of value columns: out [padded / width][columns / kPack][width].
 template <class Op>
-REMORA_INLINE typename Op::Real transpose_state(typename Op::Word* out, const typename Op::Real* state, int64_t padded,
-                                                int64_t columns, const typename Op::Word* other) {
+REMORA_INLINE void transpose_state(typename Op::Word* out, const typename Op::Real* state, int64_t padded,
+                                   int64_t columns) {
   using T = typename Op::Real;
   using Word = typename Op::Word;
   constexpr int w = kWidth<T>;
-  Vec<T> dot[4] = {};
   const int64_t rows = words<Op>(columns);
   for (int64_t k = 0; k < padded; k += w) {
     for (int64_t j = 0; j < rows; j += w) {
@@ -93,16 +95,24 @@ REMORA_INLINE typename Op::Real transpose_state(typename Op::Word* out, const ty
       });
       transpose(block);
       const int64_t at = k / w * rows + j;
-      const auto put = [&](auto i) REMORA_ALWAYS_INLINE {
-        store<Word>(out + (at + i) * w, block[i]);
-        if (other) Op::accumulate(dot[i % 4], block[i], load<Word>(other + (at + i) * w));
-      };
+      const auto put = [&](auto i) REMORA_ALWAYS_INLINE { store<Word>(out + (at + i) * w, block[i]); };
       if (rows - j < w) {
         unroll<w / 2>(put);
       } else {
         unroll<w>(put);
       }
     }
+  }
+}
+
+/// Sum of products of two states of n elements. It is one number for all gates of a chunk: errors of rounded operands
+/// would not average out over the tokens.
+template <class T>
+REMORA_INLINE T state_product(const T* x, const T* y, int64_t n) {
+  constexpr int w = kWidth<T>;
+  Vec<T> dot[4] = {};
+  for (int64_t i = 0; i < n; i += 4 * w) {
+    unroll<4>([&](auto d) REMORA_ALWAYS_INLINE { dot[d] += load<T>(x + i + d * w) * load<T>(y + i + d * w); });
   }
   return sum<T>((dot[0] + dot[1]) + (dot[2] + dot[3]));
 }
@@ -303,13 +313,13 @@ void bwd(const GatedDeltaRuleBwdParams& p, const GatedDeltaRuleSequence& sequenc
   const int64_t dims = shape.head_dim, columns = shape.value_dim, value_heads = shape.num_value_heads;
   const int64_t group = value_heads / shape.num_heads;
   const int64_t padded = pad(dims), padded_columns = pad(columns), tiles = padded_columns / w;
-  const int64_t state_words = words<Op>(padded) * padded_columns;
+  const int64_t state_words = words<Op>(padded) * padded_columns, state_size = padded * padded_columns;
   const T scale = static_cast<T>(p.scale);
 
   Arena arena(buffer);
   BwdScratch<Op, E> scratch(shape, arena);
   const auto d_state_panel = [&](int64_t r, int64_t tile) REMORA_ALWAYS_INLINE {
-    return Panel<Op>::of(scratch.d_state + r * padded * padded_columns,
+    return Panel<Op>::of(scratch.d_state + r * state_size,
                          scratch.d_state_packed + r * Panel<Op>::packed_size(padded, padded_columns), tile, padded);
   };
 
@@ -357,7 +367,8 @@ void bwd(const GatedDeltaRuleBwdParams& p, const GatedDeltaRuleSequence& sequenc
         ValueChunk<T>& value = scratch.values[c];
         make_value_chunk<Op>(value, key, p.g ? static_cast<const T*>(p.g) + row : nullptr,
                              static_cast<const T*>(p.beta) + row, value_heads, tokens, scale);
-        transpose_state<Op>(scratch.states + c * state_words, scratch.state, padded, padded_columns, nullptr);
+        transpose_state<Op>(scratch.states + c * state_words, scratch.state, padded, padded_columns);
+        if (p.dg) std::copy_n(scratch.state, state_size, scratch.state_values + c * state_size);
         for (int64_t tile = 0; tile < tiles; ++tile) {
           const int64_t j = tile * w, lanes = max(0, min(w, columns - j));
           E copy[kChunk * w];
@@ -391,9 +402,10 @@ void bwd(const GatedDeltaRuleBwdParams& p, const GatedDeltaRuleSequence& sequenc
           prefetch_row(k + (sequence.begin + later) * p.k_stride.token, dims);
         }
 
+        const T* d_state = scratch.d_state + r * state_size;
+        transpose_state<Op>(scratch.d_state_transposed, d_state, padded, padded_columns);
         const T through =
-            value.total * transpose_state<Op>(scratch.d_state_transposed, scratch.d_state + r * padded * padded_columns,
-                                              padded, padded_columns, scratch.states + c * state_words);
+            p.dg ? value.total * state_product<T>(scratch.state_values + c * state_size, d_state, state_size) : T(0);
         const E* d_o = static_cast<const E*>(p.d_o) + row * columns;
         const int64_t o_stride = value_heads * columns;
         load_operand<Op>(scratch.d_o, d_o, o_stride, tokens, columns, scratch.copy);

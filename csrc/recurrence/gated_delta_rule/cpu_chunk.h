@@ -91,17 +91,19 @@ template <class Op, class T = typename Op::Real>
 inline void make_value_chunk(ValueChunk<T>& chunk, const KeyChunk<Op>& key, const T* g, const T* beta, int64_t stride,
                              int64_t tokens, T scale) {
   constexpr int w = kWidth<T>;
-  alignas(64) T gate[kChunk];
-  T sum = 0;
+  // Sums as gate + rest: next to a reset, the difference of two sums is far smaller than they are.
+  alignas(64) T gate[kChunk], rest[kChunk];
+  double sum = 0;
   for (int i = 0; i < kChunk; ++i) {
     if (g && i < tokens) sum += g[i * stride] < kMinGate<T> ? kMinGate<T> : g[i * stride];
-    gate[i] = sum;
+    gate[i] = static_cast<T>(sum);
+    rest[i] = static_cast<T>(sum - gate[i]);
     chunk.beta[i] = i < tokens ? beta[i * stride] : T(0);
   }
   for (int j = 0; j < kChunk; j += w) {
-    const Vec<T> column = load<T>(gate + j);
+    const Vec<T> column = load<T>(gate + j), column_rest = load<T>(rest + j);
     const Vec<T> from_start = exp_nonpositive(column);
-    const Vec<T> to_end = exp_nonpositive(sum - column);
+    const Vec<T> to_end = exp_nonpositive((gate[kChunk - 1] - column) + (rest[kChunk - 1] - column_rest));
     store<T>(chunk.from_start + j, from_start);
     store<T>(chunk.to_end + j, to_end);
     store<T>(chunk.q_read + j, from_start * load<T>(key.q_norm + j) * scale);
@@ -109,7 +111,7 @@ inline void make_value_chunk(ValueChunk<T>& chunk, const KeyChunk<Op>& key, cons
     store<T>(chunk.k_write + j, to_end * load<T>(key.k_norm + j));
     for (int i = 0; i < kChunk; ++i) {
       const int at = i * kChunk + j;
-      const Vec<T> difference = gate[i] - column;
+      const Vec<T> difference = (gate[i] - column) + (rest[i] - column_rest);
       const Vec<T> decay = exp_nonpositive(difference > T(0) ? Vec<T>{} : difference);
       store<T>(chunk.decay + at, decay);
       store<T>(chunk.lower + at, load<T>(key.kk + at) * decay);

@@ -65,6 +65,13 @@ __device__ __forceinline__ void store_d_state(TSaved* rows, const FragC& lo, con
   }
 }
 
+/// A power of two that lifts the operands of dS of a chunk whose first decay is 2^cumsum back into the range of half.
+template <typename T>
+__device__ __forceinline__ float lift_of(float cumsum) {
+  if constexpr (!std::is_same_v<T, __half>) return 1.f;
+  return __uint_as_float(static_cast<uint32_t>(127.f + fminf(fmaxf(ceilf(-cumsum), 0.f), 100.f)) << 23);
+}
+
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kNumThreads, 1)
     gated_delta_rule_bwd_state_kernel(const __grid_constant__ GatedDeltaRuleBwdParams params,
@@ -138,6 +145,13 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
       prepare_chunk<T, HEAD_DIM, BLOCK_T, Traits::kNumPrepareWarps, true, TY>(
           tiles, static_cast<float>(params.scale), params.use_qk_l2norm, warp_idx % Traits::kNumPrepareWarps,
           Traits::kPrepareRole + group_idx);
+      if constexpr (std::is_same_v<T, __half>) {  // each thread what it wrote itself
+        const float lift = lift_of<T>(tiles.coef->cumsum[0]);
+        for (int i = thread_idx; i < BLOCK_T; i += kGroupThreads) {
+          tiles.coef->q_in[i] *= lift;
+          tiles.coef->k_in[i] *= lift;
+        }
+      }
       named_barrier_arrive(Traits::kFull + stage_idx, kHandOverThreads);
     }
     return;
@@ -272,12 +286,8 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
       }
     }
 
-    // dS^T; for half times a power of two, or else a strong first decay would leave its operands below their range
-    float lift = 1.f;
-    if constexpr (std::is_same_v<T, __half>) {
-      lift = __uint_as_float(static_cast<uint32_t>(127.f + fminf(fmaxf(ceilf(-coef.cumsum[0]), 0.f), 100.f)) << 23);
-    }
-    const float decay = exp2_approx(coef.cumsum[BLOCK_T - 1]) * lift;
+    // dS^T, lifted
+    const float decay = exp2_approx(coef.cumsum[BLOCK_T - 1]) * lift_of<T>(coef.cumsum[0]);
 #pragma unroll
     for (int n = 0; n < kTilesK; ++n) {
 #pragma unroll
@@ -296,9 +306,9 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const float2 pair = pair_of(a_d_o, 2 * h + e);
-          set_pair(a_d_o, 2 * h + e, make_float2(pair.x * (q_in.x * lift), pair.y * (q_in.y * lift)));
-          beta_x[h].r[2 * e] = x[2 * i + h].r[2 * e] * (-beta.x * (k_in.x * lift));
-          beta_x[h].r[2 * e + 1] = x[2 * i + h].r[2 * e + 1] * (-beta.y * (k_in.y * lift));
+          set_pair(a_d_o, 2 * h + e, make_float2(pair.x * q_in.x, pair.y * q_in.y));
+          beta_x[h].r[2 * e] = x[2 * i + h].r[2 * e] * (-beta.x * k_in.x);
+          beta_x[h].r[2 * e + 1] = x[2 * i + h].r[2 * e + 1] * (-beta.y * k_in.y);
         }
       }
       const FragA<T> a_x = make_a<T>(beta_x[0], beta_x[1]);
@@ -315,7 +325,7 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
       }
     }
     if constexpr (std::is_same_v<T, __half>) {
-      const float lower = 1.f / lift;
+      const float lower = 1.f / lift_of<T>(coef.cumsum[0]);
 #pragma unroll
       for (int n = 0; n < kTilesK; ++n) {
 #pragma unroll

@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from gated_delta_rule_cases import Case, make_inputs
+from gated_delta_rule_cases import SIM, Case, make_inputs
 
 from remora import ops
 
@@ -211,14 +211,23 @@ def test_a_gradient_needs_the_saved_states():
         )
 
 
+DECREASING_ON_CUDA = pytest.mark.xfail(
+    SIM, reason="CUDA: o of tokens outside decreasing offsets is unwritten", strict=True
+)
+
+
 @pytest.mark.parametrize(
     ("offsets", "spans"),
-    {
-        "out of range": ([-7, 10, 10, 30, 2**31 - 1, 50, -(2**31)], [(0, 10), (10, 10), (10, 30), (30, 40), *[(40, 40)] * 2]),
-        "tokens outside": ([3, 10, 10, 30], [(3, 10), (10, 10), (10, 30)]),
-    }.values(),
-    ids=["out of range", "tokens outside"],
-)  # fmt: skip
+    [
+        pytest.param(
+            [-7, 10, 10, 30, 2**31 - 1, 50, -(2**31)],
+            [(0, 10), (10, 10), (10, 30), (30, 40), *[(40, 40)] * 2],
+            id="out of range",
+        ),
+        pytest.param([3, 10, 10, 30], [(3, 10), (10, 10), (10, 30)], id="tokens outside"),
+        pytest.param([20, 40, 0], [(20, 40), (40, 40)], id="decreasing", marks=DECREASING_ON_CUDA),
+    ],
+)
 def test_offsets_are_clamped_below_the_python_layer(kernels, offsets, spans):
     """The operators read nothing out of bounds, whatever the offsets say; tokens outside every sequence give zero."""
     inputs = make_inputs(Case(T=40, HV=1, K=16, V=16), requires_grad=False)

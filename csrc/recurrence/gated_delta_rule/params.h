@@ -2,8 +2,7 @@
 //
 // Sequences: without cu_seqlens, row n of the batch is sequence n and num_seqs == batch. With cu_seqlens (batch == 1)
 // sequence n is tokens [cu_seqlens[n], cu_seqlens[n + 1]). Kernels clamp both ends to [0, seqlen] and an end below
-// its begin to an empty sequence, so that nothing is read or written out of bounds whatever the tensor says. Offsets
-// that do not decrease leave zero outputs and gradients for tokens outside every sequence; others, unspecified ones.
+// its begin to an empty sequence, whatever the tensor says. Outputs of tokens outside every sequence are zero.
 #pragma once
 #include <cstdint>
 

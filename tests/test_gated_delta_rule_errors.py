@@ -196,7 +196,8 @@ DIRECT = {
 @pytest.mark.parametrize("operator", ["gated_delta_rule_fwd", "gated_delta_rule_recurrent_fwd"])
 def test_direct_callers_of_the_operators_are_stopped_too(operator, changes, message):
     x = {**whole(), **changes}
-    rest = [1.0, False, True, False] + ([False] if operator == "gated_delta_rule_fwd" else [])
+    whole_form = operator == "gated_delta_rule_fwd"
+    rest = [None, 1.0, False, True, False, False] if whole_form else [1.0, False, True, False]
     call = getattr(torch.ops.remora, operator)
     with pytest.raises(RuntimeError, match=message):
         call(x["q"], x["k"], x["v"], x["g"], x["beta"], x["initial_state"], x.get("cu_seqlens"), *rest)
@@ -207,7 +208,7 @@ def test_a_gradient_needs_the_saved_states():
     x["q"].requires_grad_()
     with pytest.raises(RuntimeError, match="needs save_states=True for a gradient"):
         torch.ops.remora.gated_delta_rule_fwd(
-            x["q"], x["k"], x["v"], x["g"], x["beta"], None, None, 1.0, False, True, False, False
+            x["q"], x["k"], x["v"], x["g"], x["beta"], None, None, None, 1.0, False, True, False, False
         )
 
 
@@ -234,9 +235,13 @@ def test_offsets_are_clamped_below_the_python_layer(kernels, offsets, spans):
     x = [inputs.tensors[name] for name in ("q", "k", "v", "g", "beta")]
     state = torch.randn(len(spans), 1, 16, 16)
     offsets = torch.tensor(offsets, dtype=torch.int32)
-    o, final_state, saved = torch.ops.remora.gated_delta_rule_fwd(*x, state, offsets, 1.0, False, True, False, True)
+    o, final_state, saved = torch.ops.remora.gated_delta_rule_fwd(
+        *x, state, offsets, None, 1.0, False, True, False, True
+    )
     d_final = torch.randn_like(state)
-    grads = torch.ops.remora.gated_delta_rule_bwd(*x, state, offsets, saved, inputs.d_o, d_final, 1.0, False, False)
+    grads = torch.ops.remora.gated_delta_rule_bwd(
+        *x, state, offsets, None, saved, inputs.d_o, d_final, 1.0, False, False
+    )
     o2, state2 = torch.ops.remora.gated_delta_rule_recurrent_fwd(*x, state, offsets, 1.0, False, True, False)
     covered = torch.zeros(40, dtype=torch.bool)
     for n, (begin, end) in enumerate(spans):

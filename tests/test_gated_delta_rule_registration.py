@@ -49,7 +49,8 @@ def test_opcheck_fwd(case, requires_grad, final):
     save_states = requires_grad and case.T > 0 and 0 not in (case.lengths or ())
     if requires_grad and not save_states:
         x = [None if t is None else t.detach() for t in x]
-    opcheck(torch.ops.remora.gated_delta_rule_fwd.default, (*x, offsets, *options, final, case.v_first, save_states))
+    arguments = (*x, offsets, None, *options, final, case.v_first, save_states)
+    opcheck(torch.ops.remora.gated_delta_rule_fwd.default, arguments)
 
 
 @cases
@@ -63,8 +64,8 @@ def test_opcheck_recurrent_fwd(case, requires_grad):
 @pytest.mark.parametrize("d_final", [True, False], ids=["final state", "no final state"])
 def test_opcheck_bwd(case, d_final):
     inputs, x, offsets, options, final = operands(case, requires_grad=False)
-    saved = torch.ops.remora.gated_delta_rule_fwd(*x, offsets, *options, final, case.v_first, True)[2]
-    arguments = (*x, offsets, saved, inputs.d_o, inputs.d_final if d_final else None, *options, case.v_first)
+    saved = torch.ops.remora.gated_delta_rule_fwd(*x, offsets, None, *options, final, case.v_first, True)[2]
+    arguments = (*x, offsets, None, saved, inputs.d_o, inputs.d_final if d_final else None, *options, case.v_first)
     opcheck(torch.ops.remora.gated_delta_rule_bwd.default, arguments)
 
 
@@ -78,7 +79,7 @@ def test_opcheck_step(indices, logits, dtype):
     state = torch.randn(2 if indices is None else 3, 2, 16, 24)
     opcheck(
         torch.ops.remora.gated_delta_rule_step_.default,
-        (*x[:5], state, slots, a_log, dt_bias, *options, logits, False, False),
+        (*x[:5], state, slots, None, 1, a_log, dt_bias, *options, logits, False, False),
     )
 
 

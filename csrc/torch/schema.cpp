@@ -5,18 +5,19 @@
 STABLE_TORCH_LIBRARY(remora, m) {
   m.def(
       "gated_delta_rule_fwd(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor beta, Tensor? initial_state, "
-      "Tensor? cu_seqlens, float scale, bool use_qk_l2norm, bool output_final_state, bool state_v_first, "
-      "bool save_states) -> (Tensor o, Tensor final_state, Tensor saved_states)");
+      "Tensor? cu_seqlens, Tensor? rows, float scale, bool use_qk_l2norm, bool output_final_state, "
+      "bool state_v_first, bool save_states) -> (Tensor o, Tensor final_state, Tensor saved_states)");
   m.def(
       "gated_delta_rule_bwd(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor beta, Tensor? initial_state, "
-      "Tensor? cu_seqlens, Tensor saved_states, Tensor d_o, Tensor? d_final_state, float scale, bool use_qk_l2norm, "
-      "bool state_v_first) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor dbeta, Tensor d_initial_state)");
+      "Tensor? cu_seqlens, Tensor? rows, Tensor saved_states, Tensor d_o, Tensor? d_final_state, float scale, "
+      "bool use_qk_l2norm, bool state_v_first) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor dbeta, Tensor "
+      "d_initial_state)");
   m.def(
       "gated_delta_rule_recurrent_fwd(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor beta, Tensor? initial_state, "
       "Tensor? cu_seqlens, float scale, bool use_qk_l2norm, bool output_final_state, bool state_v_first) "
       "-> (Tensor o, Tensor final_state)");
   m.def(
       "gated_delta_rule_step_(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor beta, Tensor(a!) state, "
-      "Tensor? state_indices, Tensor? a_log, Tensor? dt_bias, float scale, bool use_qk_l2norm, bool use_beta_sigmoid, "
-      "bool allow_neg_eigval, bool state_v_first) -> Tensor");
+      "Tensor? state_indices, Tensor? memories, int num_memories, Tensor? a_log, Tensor? dt_bias, float scale, "
+      "bool use_qk_l2norm, bool use_beta_sigmoid, bool allow_neg_eigval, bool state_v_first) -> Tensor");
 }

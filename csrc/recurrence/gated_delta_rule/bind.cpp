@@ -17,7 +17,7 @@ struct TokenInputs {
   ScalarType state_type;
 
   TokenInputs(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const OptionalTensor& g, const Tensor& beta,
-              const OptionalTensor& cu_seqlens)
+              const OptionalTensor& cu_seqlens, const OptionalTensor& rows = std::nullopt)
       : q(with_dense_rows(q_in)), k(with_dense_rows(k_in)), v(with_dense_rows(v_in)), dtype(dtype_of(q_in, "q")) {
     STD_TORCH_CHECK(q.dim() == 4 && v.dim() == 4, "q, k and v must be [B, T, heads, channels]");
     shape = {.batch = q.size(0),
@@ -39,9 +39,13 @@ struct TokenInputs {
     check_dense(g, "g", {shape.batch, shape.seqlen, shape.num_value_heads}, state_type);
     check_dense(beta, "beta", {shape.batch, shape.seqlen, shape.num_value_heads}, state_type);
     if (cu_seqlens.has_value()) {
-      STD_TORCH_CHECK(shape.batch == 1 && shape.num_seqs >= 1, "cu_seqlens needs B == 1 and at least two entries");
+      STD_TORCH_CHECK((shape.batch == 1 || rows.has_value()) && shape.num_seqs >= 1,
+                      "cu_seqlens needs B == 1 (or rows) and at least two entries");
       check_dense(*cu_seqlens, "cu_seqlens", {shape.num_seqs + 1}, ScalarType::Int);
     }
+    STD_TORCH_CHECK(!rows.has_value() || cu_seqlens.has_value(), "rows needs cu_seqlens");
+    STD_TORCH_CHECK(!rows.has_value() || shape.batch * shape.seqlen <= INT32_MAX, "rows allows 2^31 - 1 rows");
+    check_dense(rows, "rows", {shape.batch * shape.seqlen}, ScalarType::Int);
   }
 
   static Tensor with_dense_rows(const Tensor& tensor) {
@@ -81,10 +85,11 @@ Tensor pass_state(Tensor to, const OptionalTensor& from) {
 
 std::tuple<Tensor, Tensor, Tensor> fwd(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& g,
                                        const Tensor& beta, const OptionalTensor& initial_state,
-                                       const OptionalTensor& cu_seqlens, double scale, bool use_qk_l2norm,
-                                       bool output_final_state, bool state_v_first, bool save_states) {
+                                       const OptionalTensor& cu_seqlens, const OptionalTensor& rows, double scale,
+                                       bool use_qk_l2norm, bool output_final_state, bool state_v_first,
+                                       bool save_states) {
   const DeviceScope device(q);
-  const TokenInputs in(q, k, v, g, beta, cu_seqlens);
+  const TokenInputs in(q, k, v, g, beta, cu_seqlens, rows);
   const GatedDeltaRuleShape& s = in.shape;
   in.check_state(initial_state, "initial_state", s.num_seqs, state_v_first);
 
@@ -107,10 +112,12 @@ std::tuple<Tensor, Tensor, Tensor> fwd(const Tensor& q, const Tensor& k, const T
   params.scale = scale, params.use_qk_l2norm = use_qk_l2norm, params.state_v_first = state_v_first;
   params.g = data_or_null(g), params.beta = beta.const_data_ptr();
   params.cu_seqlens = static_cast<const int32_t*>(data_or_null(cu_seqlens));
+  params.rows = static_cast<const int32_t*>(data_or_null(rows));
   params.initial_state = data_or_null(initial_state);
   params.o = o.mutable_data_ptr();
   params.final_state = data_or_null(final_state), params.saved_states = data_or_null(saved);
   allocations.input(g, "g"), allocations.input(beta, "beta"), allocations.input(cu_seqlens, "cu_seqlens");
+  allocations.input(rows, "rows");
   allocations.input(initial_state, "initial_state"), allocations.output(o, "o");
   allocations.output(final_state, "final_state"), allocations.output(saved, "saved_states");
 
@@ -124,10 +131,11 @@ std::tuple<Tensor, Tensor, Tensor> fwd(const Tensor& q, const Tensor& k, const T
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bwd(
     const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& g, const Tensor& beta,
-    const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens, const Tensor& saved_states,
-    const Tensor& d_o_in, const OptionalTensor& d_final_state, double scale, bool use_qk_l2norm, bool state_v_first) {
+    const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens, const OptionalTensor& rows,
+    const Tensor& saved_states, const Tensor& d_o_in, const OptionalTensor& d_final_state, double scale,
+    bool use_qk_l2norm, bool state_v_first) {
   const DeviceScope device(q);
-  const TokenInputs in(q, k, v, g, beta, cu_seqlens);
+  const TokenInputs in(q, k, v, g, beta, cu_seqlens, rows);
   const GatedDeltaRuleShape& s = in.shape;
   const Tensor d_o = torch::stable::contiguous(d_o_in);
   check_dense(d_o, "d_o", {s.batch, s.seqlen, s.num_value_heads, s.value_dim}, q.scalar_type());
@@ -154,11 +162,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bwd(
   params.scale = scale, params.use_qk_l2norm = use_qk_l2norm, params.state_v_first = state_v_first;
   params.g = data_or_null(g), params.beta = beta.const_data_ptr();
   params.cu_seqlens = static_cast<const int32_t*>(data_or_null(cu_seqlens));
+  params.rows = static_cast<const int32_t*>(data_or_null(rows));
   params.saved_states = saved_states.const_data_ptr(), params.d_o = d_o.const_data_ptr();
   params.d_final_state = data_or_null(d_final_state);
   params.dq = dq.mutable_data_ptr(), params.dk = dk.mutable_data_ptr(), params.dv = dv.mutable_data_ptr();
   params.dg = data_or_null(dg), params.dbeta = dbeta.mutable_data_ptr(), params.d_initial_state = data_or_null(dh0);
   allocations.input(g, "g"), allocations.input(beta, "beta"), allocations.input(cu_seqlens, "cu_seqlens");
+  allocations.input(rows, "rows");
   allocations.input(saved_states, "saved_states"), allocations.input(d_o, "d_o");
   allocations.input(d_final_state, "d_final_state"), allocations.output(dq, "dq"), allocations.output(dk, "dk");
   allocations.output(dv, "dv"), allocations.output(dg, "dg"), allocations.output(dbeta, "dbeta");
@@ -200,19 +210,25 @@ std::tuple<Tensor, Tensor> recurrent_fwd(const Tensor& q, const Tensor& k, const
 }
 
 Tensor step_(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& g, const Tensor& beta,
-             const Tensor& state, const OptionalTensor& state_indices, const OptionalTensor& a_log,
-             const OptionalTensor& dt_bias, double scale, bool use_qk_l2norm, bool use_beta_sigmoid,
-             bool allow_neg_eigval, bool state_v_first) {
+             const Tensor& state, const OptionalTensor& state_indices, const OptionalTensor& memories,
+             int64_t num_memories, const OptionalTensor& a_log, const OptionalTensor& dt_bias, double scale,
+             bool use_qk_l2norm, bool use_beta_sigmoid, bool allow_neg_eigval, bool state_v_first) {
   const DeviceScope device(q);
-  const TokenInputs in(q, k, v, g, beta, std::nullopt);
-  const GatedDeltaRuleShape& s = in.shape;
+  TokenInputs in(q, k, v, g, beta, std::nullopt);
+  GatedDeltaRuleShape& s = in.shape;
+  const int64_t num_tokens = memories.has_value() ? s.seqlen : s.num_seqs;
+  if (memories.has_value()) s.num_seqs = s.batch * s.seqlen;
   STD_TORCH_CHECK(state.dim() == 4, "state must have four dimensions");
   in.check_state(state, "state", state.size(0), state_v_first);
   check_dense(a_log, "a_log", {s.num_value_heads}, in.state_type);
   check_dense(dt_bias, "dt_bias", {s.num_value_heads}, in.state_type);
-  check_dense(state_indices, "state_indices", {s.num_seqs}, ScalarType::Int);
-  STD_TORCH_CHECK(state_indices.has_value() || state.size(0) == s.num_seqs,
-                  "state must have one row per sequence if state_indices is not given");
+  check_dense(state_indices, "state_indices", {num_tokens}, ScalarType::Int);
+  check_dense(memories, "memories", {s.batch, s.seqlen}, ScalarType::Int);
+  STD_TORCH_CHECK(num_memories >= 1 && state.size(0) % num_memories == 0,
+                  "state must have a multiple of num_memories rows");
+  STD_TORCH_CHECK(memories.has_value() || num_memories == 1, "num_memories needs memories");
+  STD_TORCH_CHECK(state_indices.has_value() || state.size(0) == num_tokens * num_memories,
+                  "state must have one row per sequence (and memory) if state_indices is not given");
   STD_TORCH_CHECK(!a_log.has_value() || g.has_value(), "a_log needs g");
   Tensor o = new_tensor(q, {s.batch, s.seqlen, s.num_value_heads, s.value_dim}, q.scalar_type());
   if (in.empty()) return o;
@@ -225,10 +241,12 @@ Tensor step_(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTe
   params.a_log = data_or_null(a_log), params.dt_bias = data_or_null(dt_bias);
   params.use_beta_sigmoid = use_beta_sigmoid, params.allow_neg_eigval = allow_neg_eigval;
   params.state_indices = static_cast<const int32_t*>(data_or_null(state_indices));
+  params.memories = static_cast<const int32_t*>(data_or_null(memories)), params.num_memories = num_memories;
   params.initial_state = data_or_null(state), params.final_state = data_or_null(state);
   params.num_slots = state.size(0), params.o = o.mutable_data_ptr();
   allocations.input(g, "g"), allocations.input(beta, "beta"), allocations.input(a_log, "a_log");
   allocations.input(dt_bias, "dt_bias"), allocations.input(state_indices, "state_indices");
+  allocations.input(memories, "memories");
   allocations.input(state, "state"), allocations.output(o, "o");
   check_launch(gated_delta_rule_step(params, launch_on(q)));
   return o;

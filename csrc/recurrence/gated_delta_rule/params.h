@@ -3,6 +3,12 @@
 // Sequences: without cu_seqlens, row n of the batch is sequence n and num_seqs == batch. With cu_seqlens (batch == 1)
 // sequence n is tokens [cu_seqlens[n], cu_seqlens[n + 1]). Kernels clamp both ends to [0, seqlen] and an end below
 // its begin to an empty sequence, whatever the tensor says. Outputs of tokens outside every sequence are zero.
+//
+// Routed: with rows as well, a sequence is a list of tokens instead of a range. The batch tensors are read and written
+// in rows b * T + t of their [B, T]; sequence n is the rows rows[cu_seqlens[n]] ... rows[cu_seqlens[n + 1] - 1], in
+// this order, and offsets run to B * T. rows is a permutation of 0 ... B * T - 1: rows[i] for i outside every sequence
+// name the rows whose outputs are zero. Kernels clamp rows[i] to [0, B * T); a row named twice has an undefined output.
+// A batch stride of zero shares one tensor between the B choices of a token.
 #pragma once
 #include <cstdint>
 
@@ -54,6 +60,7 @@ struct GatedDeltaRuleFwdParams {
   const void* g;              // [B, T, HV] log decay per step, <= 0; null: no decay
   const void* beta;           // [B, T, HV]
   const int32_t* cu_seqlens;  // [N + 1] or null
+  const int32_t* rows;        // [B * T] or null
   const void* initial_state;  // [N, HV, K, V] or null: zero
 
   void* o;            // [B, T, HV, V]
@@ -83,6 +90,11 @@ struct GatedDeltaRuleStepParams {
   bool allow_neg_eigval;         // ... times two
   const int32_t* cu_seqlens;     // [N + 1] or null
   const int32_t* state_indices;  // [N] or null; outside [0, num_slots): sequence skipped, its output zero
+  // Routed decode, with memories: batch [B, T] holds the B choices of T sequences, one token each (num_seqs == B * T).
+  // Choice b of sequence t works on slot (state_indices ? state_indices[t] : t) * num_memories + memories[b, t]; either
+  // index outside its range skips it. state_indices is [T] then, and num_slots a multiple of num_memories.
+  const int32_t* memories;  // [B, T] or null
+  int64_t num_memories;
 
   const void* initial_state;  // [N or num_slots, HV, K, V] or null: zero
   void* final_state;          // same shape or null; may be initial_state (in place)
@@ -104,6 +116,7 @@ struct GatedDeltaRuleBwdParams {
   const void* g;              // [B, T, HV] or null
   const void* beta;           // [B, T, HV]
   const int32_t* cu_seqlens;  // [N + 1] or null
+  const int32_t* rows;        // [B * T] or null
   const void* saved_states;   // [num_state_slots, HV, K, V], as the forward pass wrote it
   const void* d_o;            // [B, T, HV, V] contiguous
   const void* d_final_state;  // as final_state, or null: zero

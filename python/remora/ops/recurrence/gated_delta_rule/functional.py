@@ -120,12 +120,9 @@ class _Call:
     initial_state: Tensor | None
     cu_seqlens: Tensor | None
 
-    def arguments(self, use_qk_l2norm: bool, output_final_state: bool, state_v_first: bool) -> tuple[object, ...]:
+    def tensors(self) -> tuple[Tensor | None, ...]:
         x = self.inputs
-        return (
-            x.q, x.k, x.v, x.g, x.beta, self.initial_state, self.cu_seqlens,
-            x.scale, use_qk_l2norm, output_final_state, state_v_first,
-        )  # fmt: skip
+        return x.q, x.k, x.v, x.g, x.beta, self.initial_state, self.cu_seqlens
 
     def check_chunk_head_dim(self) -> None:
         q = self.inputs.q
@@ -170,7 +167,7 @@ def _prepare(
 def _chunk(call: _Call, use_qk_l2norm: bool, output_final_state: bool, v_first: bool) -> tuple[Tensor, Tensor | None]:
     call.check_chunk_head_dim()
     o, final_state, _ = torch.ops.remora.gated_delta_rule_fwd(
-        *call.arguments(use_qk_l2norm, output_final_state, v_first), call.needs_grad()
+        *call.tensors(), None, call.inputs.scale, use_qk_l2norm, output_final_state, v_first, call.needs_grad()
     )
     return o, final_state if output_final_state else None
 
@@ -181,7 +178,7 @@ def _recurrent(
     if call.needs_grad():
         call.check_chunk_head_dim()
     o, final_state = torch.ops.remora.gated_delta_rule_recurrent_fwd(
-        *call.arguments(use_qk_l2norm, output_final_state, v_first)
+        *call.tensors(), call.inputs.scale, use_qk_l2norm, output_final_state, v_first
     )
     return o, final_state if output_final_state else None
 
@@ -400,7 +397,7 @@ def gated_delta_rule_step(
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         raise ValueError("gated_delta_rule_step has no gradient: call it under torch.no_grad()")
     o: Tensor = torch.ops.remora.gated_delta_rule_step_(
-        inputs.q, inputs.k, inputs.v, inputs.g, inputs.beta, state, state_indices, A_log, dt_bias,
+        inputs.q, inputs.k, inputs.v, inputs.g, inputs.beta, state, state_indices, None, 1, A_log, dt_bias,
         inputs.scale, use_qk_l2norm_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first,
     )  # fmt: skip
     return o

@@ -20,9 +20,9 @@ def _num_seqs(q: Tensor, cu_seqlens: Tensor | None) -> int:
     return q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
-def _new_state(q: Tensor, v: Tensor, rows: int, v_first: bool) -> Tensor:
+def _new_state(q: Tensor, v: Tensor, num_seqs: int, v_first: bool) -> Tensor:
     K, HV, V = q.shape[3], v.shape[2], v.shape[3]
-    return q.new_empty((rows, HV, V, K) if v_first else (rows, HV, K, V), dtype=_state_dtype(q))
+    return q.new_empty((num_seqs, HV, V, K) if v_first else (num_seqs, HV, K, V), dtype=_state_dtype(q))
 
 
 def _none(q: Tensor, dtype: torch.dtype) -> Tensor:
@@ -38,17 +38,18 @@ def _fwd_fake(
     beta: Tensor,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
+    rows: Tensor | None,
     scale: float,
     use_qk_l2norm: bool,
     output_final_state: bool,
     state_v_first: bool,
     save_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows = _num_seqs(q, cu_seqlens)
-    state = _new_state(q, v, rows, state_v_first) if output_final_state else _none(q, _state_dtype(q))
+    num_seqs = _num_seqs(q, cu_seqlens)
+    state = _new_state(q, v, num_seqs, state_v_first) if output_final_state else _none(q, _state_dtype(q))
     saved_dtype = torch.bfloat16 if q.dtype == torch.bfloat16 else _state_dtype(q)
     if save_states:
-        slots = q.shape[0] * q.shape[1] // STATE_INTERVAL + rows
+        slots = q.shape[0] * q.shape[1] // STATE_INTERVAL + num_seqs
         saved = q.new_empty((slots, v.shape[2], q.shape[3], v.shape[3]), dtype=saved_dtype)
     else:
         saved = _none(q, saved_dtype)
@@ -64,6 +65,7 @@ def _bwd_fake(
     beta: Tensor,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
+    rows: Tensor | None,
     saved_states: Tensor,
     d_o: Tensor,
     d_final_state: Tensor | None,
@@ -71,7 +73,7 @@ def _bwd_fake(
     use_qk_l2norm: bool,
     state_v_first: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    rows = _num_seqs(q, cu_seqlens)
+    num_seqs = _num_seqs(q, cu_seqlens)
     none = _none(q, _state_dtype(q))
     return (
         q.new_empty(q.shape),
@@ -79,7 +81,7 @@ def _bwd_fake(
         q.new_empty(v.shape),
         beta.new_empty(beta.shape) if g is not None else none,
         beta.new_empty(beta.shape),
-        _new_state(q, v, rows, state_v_first) if initial_state is not None else none.clone(),
+        _new_state(q, v, num_seqs, state_v_first) if initial_state is not None else none.clone(),
     )
 
 
@@ -97,8 +99,8 @@ def _recurrent_fwd_fake(
     output_final_state: bool,
     state_v_first: bool,
 ) -> tuple[Tensor, Tensor]:
-    rows = _num_seqs(q, cu_seqlens)
-    state = _new_state(q, v, rows, state_v_first) if output_final_state else _none(q, _state_dtype(q))
+    num_seqs = _num_seqs(q, cu_seqlens)
+    state = _new_state(q, v, num_seqs, state_v_first) if output_final_state else _none(q, _state_dtype(q))
     return q.new_empty(v.shape), state
 
 
@@ -111,6 +113,8 @@ def _step_fake(
     beta: Tensor,
     state: Tensor,
     state_indices: Tensor | None,
+    memories: Tensor | None,
+    num_memories: int,
     a_log: Tensor | None,
     dt_bias: Tensor | None,
     scale: float,
@@ -123,27 +127,29 @@ def _step_fake(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, g, beta, initial_state, cu_seqlens, ctx.scale, ctx.use_qk_l2norm, _, ctx.state_v_first, saved = inputs
+    q, k, v, g, beta, initial_state, cu_seqlens, rows, ctx.scale, ctx.use_qk_l2norm, _, ctx.state_v_first, saved = (
+        inputs
+    )
     if not saved:
         raise RuntimeError("gated_delta_rule_fwd needs save_states=True for a gradient")
-    ctx.save_for_backward(q, k, v, g, beta, initial_state, cu_seqlens, output[2])
+    ctx.save_for_backward(q, k, v, g, beta, initial_state, cu_seqlens, rows, output[2])
     ctx.set_materialize_grads(False)
 
 
 def _save_recurrent(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     q, k, v, g, beta, initial_state, cu_seqlens, ctx.scale, ctx.use_qk_l2norm, _, ctx.state_v_first = inputs
-    ctx.save_for_backward(q, k, v, g, beta, initial_state, cu_seqlens)
+    ctx.save_for_backward(q, k, v, g, beta, initial_state, cu_seqlens, None)
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx: Any, saved_states: Tensor, d_o: Tensor | None, d_final_state: Tensor | None) -> list[Tensor | None]:
     """Of q, k, v, g, beta, initial_state."""
-    q, k, v, g, beta, initial_state, cu_seqlens = ctx.saved_tensors[:7]
+    q, k, v, g, beta, initial_state, cu_seqlens, rows = ctx.saved_tensors[:8]
     d_o = q.new_zeros(v.shape) if d_o is None else d_o.contiguous()
     if d_final_state is not None:
         d_final_state = d_final_state.contiguous() if d_final_state.numel() else None
     grads = torch.ops.remora.gated_delta_rule_bwd(
-        q, k, v, g, beta, initial_state, cu_seqlens, saved_states, d_o, d_final_state,
+        q, k, v, g, beta, initial_state, cu_seqlens, rows, saved_states, d_o, d_final_state,
         ctx.scale, ctx.use_qk_l2norm, ctx.state_v_first,
     )  # fmt: skip
     inputs = (q, k, v, g, beta, initial_state)
@@ -153,7 +159,7 @@ def _gradients(ctx: Any, saved_states: Tensor, d_o: Tensor | None, d_final_state
 def _backward(
     ctx: Any, d_o: Tensor | None, d_final_state: Tensor | None, _: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    return (*_gradients(ctx, ctx.saved_tensors[7], d_o, d_final_state), *[None] * 6)
+    return (*_gradients(ctx, ctx.saved_tensors[8], d_o, d_final_state), *[None] * 7)
 
 
 def _recurrent_backward(ctx: Any, d_o: Tensor | None, d_final_state: Tensor | None) -> tuple[Tensor | None, ...]:

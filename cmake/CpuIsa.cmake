@@ -9,14 +9,17 @@ else()
   set(REMORA_CPU_ISAS baseline)
 endif()
 
-# remora_cpu_sources(<target> <operator folder>...): cpu.cpp and one cpu_<isa>.cpp for every instruction set.
+# remora_cpu_sources(<target> <operator folder>...): cpu.cpp, and cpu_kernels.cpp once for every instruction set.
 function(remora_cpu_sources target)
-  foreach(operator IN LISTS ARGN)
-    target_sources(${target} PRIVATE csrc/${operator}/cpu.cpp)
-    foreach(isa IN LISTS REMORA_CPU_ISAS)
-      target_sources(${target} PRIVATE csrc/${operator}/cpu_${isa}.cpp)
-      set_source_files_properties(csrc/${operator}/cpu_${isa}.cpp PROPERTIES COMPILE_OPTIONS
-                                  "-O3;-fno-math-errno;-ffp-contract=fast;-Wno-psabi;-Wno-maybe-uninitialized;${REMORA_CPU_FLAGS_${isa}}")
-    endforeach()
+  list(TRANSFORM ARGN PREPEND csrc/ OUTPUT_VARIABLE folders)
+  list(TRANSFORM folders APPEND /cpu.cpp OUTPUT_VARIABLE sources)
+  list(TRANSFORM folders APPEND /cpu_kernels.cpp OUTPUT_VARIABLE kernels)
+  target_sources(${target} PRIVATE ${sources})
+  foreach(isa IN LISTS REMORA_CPU_ISAS)
+    add_library(${target}_${isa} OBJECT ${kernels})
+    target_compile_definitions(${target}_${isa} PRIVATE REMORA_CPU_ISA=${isa})
+    target_compile_options(${target}_${isa} PRIVATE -O3 -fno-math-errno -ffp-contract=fast -Wno-psabi
+                                                    -Wno-maybe-uninitialized ${REMORA_CPU_FLAGS_${isa}})
+    target_link_libraries(${target} PRIVATE ${target}_${isa})
   endforeach()
 endfunction()

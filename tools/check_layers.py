@@ -55,7 +55,7 @@ def _without_comments(text: str) -> str:
 def _reason_against(path: PurePosixPath, header: str) -> str | None:
     """Why a file of csrc/ may not include `header`; `path` is relative to csrc/."""
     layer = path.parts[0]
-    is_binding = layer == "torch" or path.name == "bind.cpp"
+    is_binding = layer == "torch" or path.name in ("bind.cpp", "token_inputs.h")
     is_host = path.name in ("params.h", "heuristics.h", "launch.h", "traits.h") or layer == "python"
     is_cpu = path.name.startswith("cpu") or path.parts[:2] == ("common", "cpu")
     if _is_torch(header) and not is_binding:
@@ -64,7 +64,7 @@ def _reason_against(path: PurePosixPath, header: str) -> str | None:
         return "Python headers belong to csrc/python"
     if _is_cute(header) and (is_binding or is_host or is_cpu):
         return "CuTe and CUTLASS headers belong to kernels"
-    if _is_cuda(header) and (path.name == "bind.cpp" or is_host or is_cpu):
+    if _is_cuda(header) and ((is_binding and layer != "torch") or is_host or is_cpu):
         return "CUDA headers belong to kernels, launch.cu and csrc/torch/stable.h"
     if layer == "common" and header.endswith(CXX) and "/" in header and not header.startswith("common/"):
         return "csrc/common includes only csrc/common" if _is_ours(header) else None
@@ -74,8 +74,8 @@ def _reason_against(path: PurePosixPath, header: str) -> str | None:
             return "csrc/torch knows no operator"
         if layer == "python":
             return None if header.endswith("/heuristics.h") else "csrc/python includes only heuristics.h of an operator"
-        if folder != path.parent:
-            return "an operator includes its own folder and csrc/common"
+        if folder not in (path.parent, path.parent.parent):
+            return "an operator includes its own folder, its family's and csrc/common"
     return None
 
 

@@ -73,7 +73,7 @@ remora::DType dtype_of(const std::string& name) {
 py::dict gated_delta_rule_fwd_plan(int64_t batch, int64_t seqlen, int64_t num_heads, int64_t num_value_heads,
                                    int64_t head_dim, int64_t value_dim, int64_t num_seqs, const std::string& dtype,
                                    int num_sms, int arch) {
-  const remora::GatedDeltaRuleShape shape{batch, seqlen, num_heads, num_value_heads, head_dim, value_dim, num_seqs};
+  const remora::RecurrenceShape shape{batch, seqlen, num_heads, num_value_heads, head_dim, value_dim, num_seqs};
   const remora::FwdConfig config = remora::plan_fwd(shape, dtype_of(dtype), num_sms, arch);
   py::dict plan;
   plan["head_dim"] = config.head_dim;

@@ -1,5 +1,6 @@
 // Which build of the CPU kernels this machine runs; the names are those of cmake/CpuIsa.cmake.
 #pragma once
+#include "common/dtype.h"
 
 namespace remora::cpu {
 
@@ -30,3 +31,40 @@ inline const char* isa_name() {
 }
 
 }  // namespace remora::cpu
+
+// Declares what the object of every instruction set defines, `const Kernels& get(DType)` in its namespace, and the
+// function of the same name that calls the best of them for this machine.
+#if defined(__x86_64__)
+#define REMORA_CPU_KERNELS(Kernels, get)                                                       \
+  namespace baseline {                                                                         \
+  const Kernels& get(DType dtype);                                                             \
+  }                                                                                            \
+  namespace x86_64_v3 {                                                                        \
+  const Kernels& get(DType dtype);                                                             \
+  }                                                                                            \
+  namespace x86_64_v4 {                                                                        \
+  const Kernels& get(DType dtype);                                                             \
+  }                                                                                            \
+  namespace x86_64_v4_bf16 {                                                                   \
+  const Kernels& get(DType dtype);                                                             \
+  }                                                                                            \
+  inline const Kernels& get(DType dtype) {                                                     \
+    static const cpu::Isa isa = cpu::detect_isa();                                             \
+    switch (isa) {                                                                             \
+      case cpu::Isa::x86_64_v4_bf16:                                                           \
+        return dtype == DType::kBFloat16 ? x86_64_v4_bf16::get(dtype) : x86_64_v4::get(dtype); \
+      case cpu::Isa::x86_64_v4:                                                                \
+        return x86_64_v4::get(dtype);                                                          \
+      case cpu::Isa::x86_64_v3:                                                                \
+        return x86_64_v3::get(dtype);                                                          \
+      default:                                                                                 \
+        return baseline::get(dtype);                                                           \
+    }                                                                                          \
+  }
+#else
+#define REMORA_CPU_KERNELS(Kernels, get) \
+  namespace baseline {                   \
+  const Kernels& get(DType dtype);       \
+  }                                      \
+  using baseline::get;
+#endif

@@ -4,84 +4,10 @@
 #include <tuple>
 
 #include "recurrence/gated_delta_rule/launch.h"
-#include "torch/stable.h"
+#include "recurrence/token_inputs.h"
 
 namespace remora {
 namespace {
-
-/// [B, T, H, D] tensors of a call, with the last dimension made contiguous.
-struct TokenInputs {
-  Tensor q, k, v;
-  GatedDeltaRuleShape shape;
-  DType dtype, state_dtype;
-  ScalarType state_type;
-
-  TokenInputs(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const OptionalTensor& g, const Tensor& beta,
-              const OptionalTensor& cu_seqlens, const OptionalTensor& rows = std::nullopt)
-      : q(with_dense_rows(q_in)), k(with_dense_rows(k_in)), v(with_dense_rows(v_in)), dtype(dtype_of(q_in, "q")) {
-    STD_TORCH_CHECK(q.dim() == 4 && v.dim() == 4, "q, k and v must be [B, T, heads, channels]");
-    shape = {.batch = q.size(0),
-             .seqlen = q.size(1),
-             .num_heads = q.size(2),
-             .num_value_heads = v.size(2),
-             .head_dim = q.size(3),
-             .value_dim = v.size(3),
-             .num_seqs = cu_seqlens.has_value() ? cu_seqlens->numel() - 1 : q.size(0)};
-    check_shape(k, "k", {shape.batch, shape.seqlen, shape.num_heads, shape.head_dim});
-    check_shape(v, "v", {shape.batch, shape.seqlen, shape.num_value_heads, shape.value_dim});
-    STD_TORCH_CHECK(dtype_of(k, "k") == dtype && dtype_of(v, "v") == dtype, "q, k and v must have one dtype");
-    STD_TORCH_CHECK(shape.num_heads > 0 && shape.num_value_heads % shape.num_heads == 0,
-                    "the heads of v must be a multiple of the heads of q");
-    STD_TORCH_CHECK(shape.head_dim >= 1 && shape.head_dim <= 256 && shape.value_dim >= 1 && shape.value_dim <= 256,
-                    "K and V must be in 1...256");
-    state_dtype = dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
-    state_type = scalar_type_of(state_dtype);
-    check_dense(g, "g", {shape.batch, shape.seqlen, shape.num_value_heads}, state_type);
-    check_dense(beta, "beta", {shape.batch, shape.seqlen, shape.num_value_heads}, state_type);
-    if (cu_seqlens.has_value()) {
-      STD_TORCH_CHECK((shape.batch == 1 || rows.has_value()) && shape.num_seqs >= 1,
-                      "cu_seqlens needs B == 1 (or rows) and at least two entries");
-      check_dense(*cu_seqlens, "cu_seqlens", {shape.num_seqs + 1}, ScalarType::Int);
-    }
-    STD_TORCH_CHECK(!rows.has_value() || cu_seqlens.has_value(), "rows needs cu_seqlens");
-    STD_TORCH_CHECK(!rows.has_value() || shape.batch * shape.seqlen <= INT32_MAX, "rows allows 2^31 - 1 rows");
-    check_dense(rows, "rows", {shape.batch * shape.seqlen}, ScalarType::Int);
-  }
-
-  static Tensor with_dense_rows(const Tensor& tensor) {
-    return tensor.dim() > 0 && tensor.stride(tensor.dim() - 1) != 1 ? torch::stable::contiguous(tensor) : tensor;
-  }
-
-  DType saved_dtype() const { return dtype == DType::kBFloat16 ? dtype : state_dtype; }
-  Tensor new_state(int64_t rows, bool v_first) const {
-    return v_first ? new_tensor(q, {rows, shape.num_value_heads, shape.value_dim, shape.head_dim}, state_type)
-                   : new_tensor(q, {rows, shape.num_value_heads, shape.head_dim, shape.value_dim}, state_type);
-  }
-  void check_state(const OptionalTensor& state, const char* name, int64_t rows, bool v_first) const {
-    const auto [rank1, rank2] =
-        v_first ? std::tuple(shape.value_dim, shape.head_dim) : std::tuple(shape.head_dim, shape.value_dim);
-    check_dense(state, name, {rows, shape.num_value_heads, rank1, rank2}, state_type);
-  }
-
-  template <class Params>
-  void fill(Params& params, Allocations& allocations) const {
-    params.shape = shape;
-    params.dtype = dtype, params.state_dtype = state_dtype;
-    params.q = q.const_data_ptr(), params.k = k.const_data_ptr(), params.v = v.const_data_ptr();
-    params.q_stride = {q.stride(0), q.stride(1), q.stride(2)};
-    params.k_stride = {k.stride(0), k.stride(1), k.stride(2)};
-    params.v_stride = {v.stride(0), v.stride(1), v.stride(2)};
-    allocations.input(q, "q"), allocations.input(k, "k"), allocations.input(v, "v");
-  }
-  bool empty() const { return shape.batch * shape.seqlen == 0 || shape.num_seqs == 0; }
-};
-
-Tensor none_like(const Tensor& like) { return new_tensor(like, {0}, like.scalar_type()); }
-
-/// Without tokens the state passes through.
-Tensor pass_state(Tensor to, const OptionalTensor& from) {
-  return from.has_value() ? torch::stable::copy_(to, *from) : torch::stable::zero_(to);
-}
 
 std::tuple<Tensor, Tensor, Tensor> fwd(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& g,
                                        const Tensor& beta, const OptionalTensor& initial_state,
@@ -90,7 +16,7 @@ std::tuple<Tensor, Tensor, Tensor> fwd(const Tensor& q, const Tensor& k, const T
                                        bool save_states) {
   const DeviceScope device(q);
   const TokenInputs in(q, k, v, g, beta, cu_seqlens, rows);
-  const GatedDeltaRuleShape& s = in.shape;
+  const RecurrenceShape& s = in.shape;
   in.check_state(initial_state, "initial_state", s.num_seqs, state_v_first);
 
   Tensor o = new_tensor(q, {s.batch, s.seqlen, s.num_value_heads, s.value_dim}, q.scalar_type());
@@ -136,7 +62,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bwd(
     bool use_qk_l2norm, bool state_v_first) {
   const DeviceScope device(q);
   const TokenInputs in(q, k, v, g, beta, cu_seqlens, rows);
-  const GatedDeltaRuleShape& s = in.shape;
+  const RecurrenceShape& s = in.shape;
   const Tensor d_o = torch::stable::contiguous(d_o_in);
   check_dense(d_o, "d_o", {s.batch, s.seqlen, s.num_value_heads, s.value_dim}, q.scalar_type());
   in.check_state(initial_state, "initial_state", s.num_seqs, state_v_first);
@@ -188,7 +114,7 @@ std::tuple<Tensor, Tensor> recurrent_fwd(const Tensor& q, const Tensor& k, const
                                          bool output_final_state, bool state_v_first) {
   const DeviceScope device(q);
   const TokenInputs in(q, k, v, g, beta, cu_seqlens);
-  const GatedDeltaRuleShape& s = in.shape;
+  const RecurrenceShape& s = in.shape;
   in.check_state(initial_state, "initial_state", s.num_seqs, state_v_first);
   Tensor o = new_tensor(q, {s.batch, s.seqlen, s.num_value_heads, s.value_dim}, q.scalar_type());
   Tensor final_state = output_final_state ? in.new_state(s.num_seqs, state_v_first) : none_like(beta);
@@ -215,7 +141,7 @@ Tensor step_(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTe
              bool use_qk_l2norm, bool use_beta_sigmoid, bool allow_neg_eigval, bool state_v_first) {
   const DeviceScope device(q);
   TokenInputs in(q, k, v, g, beta, std::nullopt);
-  GatedDeltaRuleShape& s = in.shape;
+  RecurrenceShape& s = in.shape;
   const int64_t num_tokens = memories.has_value() ? s.seqlen : s.num_seqs;
   if (memories.has_value()) s.num_seqs = s.batch * s.seqlen;
   STD_TORCH_CHECK(state.dim() == 4, "state must have four dimensions");

@@ -23,8 +23,8 @@
 #include "common/barrier.cuh"
 #include "common/copy.cuh"
 #include "common/reduce.cuh"
-#include "recurrence/gated_delta_rule/bwd_sequence.cuh"
 #include "recurrence/gated_delta_rule/bwd_traits.cuh"
+#include "recurrence/sequence.cuh"
 
 namespace remora {
 
@@ -285,7 +285,7 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
 
   const WarpPlace place;
   const int lane_idx = threadIdx.x % 32;
-  const GatedDeltaRuleShape& shape = params.shape;
+  const RecurrenceShape& shape = params.shape;
   const auto num_heads = static_cast<uint32_t>(shape.num_heads);
   const int64_t slot = blockIdx.x / num_heads, key_head = blockIdx.x % num_heads;
   const Chunk chunk = find_chunk<BLOCK_T>(shape, params.cu_seqlens, slot);

@@ -34,7 +34,7 @@ cudaError_t launch_with_smem(Kernel kernel, int64_t num_ctas, int num_threads, s
 template <typename T, int HEAD_DIM, int kNumStages>
 cudaError_t launch_bwd_state(const GatedDeltaRuleBwdParams& params, cudaStream_t stream) {
   using Traits = BwdStateTraits<T, HEAD_DIM, kNumStages>;
-  const GatedDeltaRuleShape& shape = params.shape;
+  const RecurrenceShape& shape = params.shape;
   const int64_t num_v_tiles = (shape.value_dim + Traits::BLOCK_V - 1) / Traits::BLOCK_V;
   auto* d_states = static_cast<typename Traits::TSaved*>(params.workspace);
   return launch_with_smem(gated_delta_rule_bwd_state_kernel<Traits>,

@@ -12,7 +12,7 @@ namespace {
 /// Zero gradients for tokens outside every sequence. Grid: one CTA per token.
 __global__ void __launch_bounds__(128)
     gated_delta_rule_bwd_padding_kernel(const __grid_constant__ GatedDeltaRuleBwdParams params) {
-  const GatedDeltaRuleShape& shape = params.shape;
+  const RecurrenceShape& shape = params.shape;
   const int64_t token = blockIdx.x;
   if (token >= params.cu_seqlens[0] && token < params.cu_seqlens[shape.num_seqs]) return;
   const int64_t element_size = size_of(params.dtype);
@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(128)
 int64_t padded_head_dim(const GatedDeltaRuleBwdParams& params) { return params.shape.head_dim <= 64 ? 64 : 128; }
 
 BwdWorkspace plan_workspace(const GatedDeltaRuleBwdParams& params) {
-  const GatedDeltaRuleShape& shape = params.shape;
+  const RecurrenceShape& shape = params.shape;
   const int64_t block_t = params.dtype == DType::kFloat32 ? 32 : 64;
   const int64_t head_dim = padded_head_dim(params);
   const int64_t num_slots = shape.batch * shape.seqlen / block_t + shape.num_seqs;

@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
   Smem& smem = *reinterpret_cast<Smem*>(smem_bytes);
 
   const int warp_idx = threadIdx.x / 32;
-  const GatedDeltaRuleShape& shape = params.shape;
+  const RecurrenceShape& shape = params.shape;
   const int64_t num_v_tiles = (shape.value_dim + BLOCK_V - 1) / BLOCK_V;
   const int64_t head = blockIdx.x / num_v_tiles % shape.num_value_heads;
   const int64_t seq_idx = blockIdx.x / num_v_tiles / shape.num_value_heads;

@@ -12,51 +12,6 @@
 namespace remora {
 namespace {
 
-const GatedDeltaRuleCpuKernels& kernels_for(DType dtype) {
-#if defined(__x86_64__)
-  static const bool has_v4 = __builtin_cpu_supports("x86-64-v4");
-  static const bool has_bf16 = has_v4 && __builtin_cpu_supports("avx512bf16");
-  static const bool has_v3 = __builtin_cpu_supports("x86-64-v3");
-  if (has_bf16 && dtype == DType::kBFloat16) return x86_64_v4_bf16::gated_delta_rule_kernels(dtype);
-  if (has_v4) return x86_64_v4::gated_delta_rule_kernels(dtype);
-  if (has_v3) return x86_64_v3::gated_delta_rule_kernels(dtype);
-#endif
-  return baseline::gated_delta_rule_kernels(dtype);
-}
-
-GatedDeltaRuleSequence sequence_at(const GatedDeltaRuleShape& shape, const int32_t* cu_seqlens, int64_t n) {
-  if (!cu_seqlens) return {n, n, 0, shape.seqlen};
-  const int64_t begin = std::clamp<int64_t>(cu_seqlens[n], 0, shape.seqlen);
-  const int64_t end = std::clamp<int64_t>(cu_seqlens[n + 1], begin, shape.seqlen);
-  return {n, 0, begin, end - begin};
-}
-
-/// Zeroes the rows of a [B * T, row_bytes] output that no sequence covers.
-void zero_uncovered(void* data, int64_t row_bytes, const GatedDeltaRuleShape& shape, const int32_t* cu_seqlens) {
-  if (!data || !cu_seqlens) return;
-  const auto zero = [&](int64_t begin, int64_t end) {
-    if (begin < end) std::memset(static_cast<char*>(data) + begin * row_bytes, 0, (end - begin) * row_bytes);
-  };
-  int64_t covered = 0;
-  for (int64_t n = 0; n < shape.num_seqs; ++n) {
-    const GatedDeltaRuleSequence sequence = sequence_at(shape, cu_seqlens, n);
-    if (sequence.length == 0) continue;
-    zero(covered, sequence.begin);
-    covered = std::max(covered, sequence.begin + sequence.length);
-  }
-  zero(covered, shape.seqlen);
-}
-
-/// Below this many multiply-adds a second thread costs more than it saves.
-constexpr int64_t kMinWorkPerThread = 1 << 18;
-
-int64_t tasks_per_thread(const GatedDeltaRuleShape& shape, int64_t tasks) {
-  const int64_t tokens = shape.batch * shape.seqlen * shape.num_value_heads;
-  const int64_t work =
-      std::max<int64_t>(1, tokens * shape.head_dim * shape.value_dim * 4 / std::max<int64_t>(1, tasks));
-  return std::max<int64_t>(1, kMinWorkPerThread / work);
-}
-
 constexpr Error kNoMemory = "out of memory for the scratch buffers of gated_delta_rule";
 
 }  // namespace
@@ -64,8 +19,8 @@ constexpr Error kNoMemory = "out of memory for the scratch buffers of gated_delt
 int64_t gated_delta_rule_fwd_workspace(const GatedDeltaRuleFwdParams&, const Launch&) { return 0; }
 
 Error gated_delta_rule_fwd(const GatedDeltaRuleFwdParams& params, const Launch& launch) {
-  const GatedDeltaRuleShape& shape = params.shape;
-  const GatedDeltaRuleCpuKernels& kernels = kernels_for(params.dtype);
+  const RecurrenceShape& shape = params.shape;
+  const GatedDeltaRuleCpuKernels& kernels = gated_delta_rule_kernels(params.dtype);
   zero_uncovered(params.o, shape.num_value_heads * shape.value_dim * size_of(params.dtype), shape, params.cu_seqlens);
 
   // Heads are split by columns only where there are too few of them: every part repeats the products of q and k.
@@ -87,8 +42,8 @@ Error gated_delta_rule_fwd(const GatedDeltaRuleFwdParams& params, const Launch& 
 int64_t gated_delta_rule_bwd_workspace(const GatedDeltaRuleBwdParams&, const Launch&) { return 0; }
 
 Error gated_delta_rule_bwd(const GatedDeltaRuleBwdParams& params, const Launch& launch) {
-  const GatedDeltaRuleShape& shape = params.shape;
-  const GatedDeltaRuleCpuKernels& kernels = kernels_for(params.dtype);
+  const RecurrenceShape& shape = params.shape;
+  const GatedDeltaRuleCpuKernels& kernels = gated_delta_rule_kernels(params.dtype);
   const int64_t key_bytes = shape.num_heads * shape.head_dim * size_of(params.dtype);
   const int64_t gate_bytes = shape.num_value_heads * size_of(params.state_dtype);
   zero_uncovered(params.dq, key_bytes, shape, params.cu_seqlens);
@@ -108,8 +63,8 @@ Error gated_delta_rule_bwd(const GatedDeltaRuleBwdParams& params, const Launch& 
 }
 
 Error gated_delta_rule_step(const GatedDeltaRuleStepParams& params, const Launch& launch) {
-  const GatedDeltaRuleShape& shape = params.shape;
-  const GatedDeltaRuleCpuKernels& kernels = kernels_for(params.dtype);
+  const RecurrenceShape& shape = params.shape;
+  const GatedDeltaRuleCpuKernels& kernels = gated_delta_rule_kernels(params.dtype);
   const int64_t row_bytes = shape.num_value_heads * shape.value_dim * size_of(params.dtype);
   zero_uncovered(params.o, row_bytes, shape, params.cu_seqlens);
 
@@ -119,7 +74,7 @@ Error gated_delta_rule_step(const GatedDeltaRuleStepParams& params, const Launch
       launch.parallel_for, tasks, tasks_per_thread(shape, tasks), kernels.step_scratch(shape),
       [&](int64_t task, void* scratch) {
         const int64_t n = task / shape.num_value_heads, value_head = task % shape.num_value_heads;
-        const GatedDeltaRuleSequence sequence = sequence_at(shape, params.cu_seqlens, n);
+        const RecurrenceSequence sequence = sequence_at(shape, params.cu_seqlens, n);
         const int64_t slot = params.state_indices ? params.state_indices[n] : n;
         if (params.state_indices && (slot < 0 || slot >= params.num_slots)) {
           const int64_t head_bytes = shape.value_dim * size_of(params.dtype);

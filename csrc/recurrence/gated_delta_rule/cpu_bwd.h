@@ -34,7 +34,7 @@ struct BwdScratch {
   E* copy;
   Row* row_copy;
 
-  BwdScratch(const GatedDeltaRuleShape& shape, Arena& arena) {
+  BwdScratch(const RecurrenceShape& shape, Arena& arena) {
     const int64_t padded = pad(shape.head_dim), columns = pad(shape.value_dim);
     const int64_t group = shape.num_value_heads / shape.num_heads;
     const int64_t state_words = words<Op>(padded) * columns;
@@ -67,7 +67,7 @@ struct BwdScratch {
 };
 
 template <class Op, class E>
-int64_t bwd_scratch(const GatedDeltaRuleShape& shape) {
+int64_t bwd_scratch(const RecurrenceShape& shape) {
   Arena arena(nullptr);
   BwdScratch<Op, E> scratch(shape, arena);
   return arena.used();
@@ -305,11 +305,11 @@ REMORA_INLINE void store_gradient(E* out, const T* gradient, const T* x, T norm,
 }
 
 template <class Op, class E, class Saved>
-void bwd(const GatedDeltaRuleBwdParams& p, const GatedDeltaRuleSequence& sequence, int64_t head, void* buffer) {
+void bwd(const GatedDeltaRuleBwdParams& p, const RecurrenceSequence& sequence, int64_t head, void* buffer) {
   using T = typename Op::Real;
   using Row = typename Op::Row;
   constexpr int w = kWidth<T>;
-  const GatedDeltaRuleShape& shape = p.shape;
+  const RecurrenceShape& shape = p.shape;
   const int64_t dims = shape.head_dim, columns = shape.value_dim, value_heads = shape.num_value_heads;
   const int64_t group = value_heads / shape.num_heads;
   const int64_t padded = pad(dims), padded_columns = pad(columns), tiles = padded_columns / w;

@@ -14,7 +14,7 @@ struct FwdScratch {
   typename Op::Word* packed;
   E* copy;
 
-  FwdScratch(const GatedDeltaRuleShape& shape, Arena& arena) {
+  FwdScratch(const RecurrenceShape& shape, Arena& arena) {
     const int64_t padded = pad(shape.head_dim), columns = pad(shape.value_dim);
     key = arena.take<KeyChunk<Op>>(1);
     KeyChunk<Op> counted;
@@ -29,7 +29,7 @@ struct FwdScratch {
 };
 
 template <class Op, class E>
-int64_t fwd_scratch(const GatedDeltaRuleShape& shape) {
+int64_t fwd_scratch(const RecurrenceShape& shape) {
   Arena arena(nullptr);
   FwdScratch<Op, E> scratch(shape, arena);
   return arena.used();
@@ -57,11 +57,11 @@ REMORA_INLINE void fwd_tile(const KeyChunk<Op>& key, const ValueChunk<typename O
 }
 
 template <class Op, class E, class Saved>
-void fwd(const GatedDeltaRuleFwdParams& p, const GatedDeltaRuleSequence& sequence, int64_t value_head,
+void fwd(const GatedDeltaRuleFwdParams& p, const RecurrenceSequence& sequence, int64_t value_head,
          GatedDeltaRuleColumns part, void* buffer) {
   using T = typename Op::Real;
   constexpr int w = kWidth<T>;
-  const GatedDeltaRuleShape& shape = p.shape;
+  const RecurrenceShape& shape = p.shape;
   const int64_t dims = shape.head_dim, columns = shape.value_dim, value_heads = shape.num_value_heads;
   const int64_t padded = pad(dims);
   const int64_t head = value_head / (value_heads / shape.num_heads);

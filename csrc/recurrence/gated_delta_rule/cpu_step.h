@@ -30,7 +30,7 @@ struct StepScratch {
   StepToken<T> token;
   T* panel;  // [dims][kRecurrentVectors * width]
 
-  StepScratch(const GatedDeltaRuleShape& shape, Arena& arena) {
+  StepScratch(const RecurrenceShape& shape, Arena& arena) {
     token.q = arena.take<T>(pad(shape.head_dim));
     token.k = arena.take<T>(pad(shape.head_dim));
     panel = arena.take<T>(shape.head_dim * kRecurrentVectors * kWidth<T>);
@@ -38,7 +38,7 @@ struct StepScratch {
 };
 
 template <class T>
-int64_t step_scratch(const GatedDeltaRuleShape& shape) {
+int64_t step_scratch(const RecurrenceShape& shape) {
   Arena arena(nullptr);
   StepScratch<T> scratch(shape, arena);
   return arena.used();
@@ -213,11 +213,11 @@ void step_one(const GatedDeltaRuleStepParams& p, const StepToken<T>& token, cons
 
 /// `slot` is the row of the state tensors.
 template <class T, class E>
-void step(const GatedDeltaRuleStepParams& p, const GatedDeltaRuleSequence& sequence, int64_t value_head, int64_t slot,
+void step(const GatedDeltaRuleStepParams& p, const RecurrenceSequence& sequence, int64_t value_head, int64_t slot,
           void* buffer) {
   constexpr int w = kWidth<T>;
   constexpr int panel_width = kRecurrentVectors * w;
-  const GatedDeltaRuleShape& shape = p.shape;
+  const RecurrenceShape& shape = p.shape;
   const int64_t dims = shape.head_dim, columns = shape.value_dim, value_heads = shape.num_value_heads;
   const int64_t head = value_head / (value_heads / shape.num_heads);
   const int64_t offset = (slot * value_heads + value_head) * dims * columns;

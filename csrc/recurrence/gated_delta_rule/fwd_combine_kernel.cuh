@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(kCombineThreads)
   extern __shared__ float smem_state[];  // [K, 8]
   constexpr int kColGroups = kCombineCols / 4;
   constexpr int kMaxRows = 256 / (kCombineThreads / kColGroups);
-  const GatedDeltaRuleShape& shape = params.op.shape;
+  const RecurrenceShape& shape = params.op.shape;
   const int head_dim = static_cast<int>(shape.head_dim);
   const int value_dim = static_cast<int>(shape.value_dim);
   const int num_col_tiles = (value_dim + kCombineCols - 1) / kCombineCols;

@@ -64,7 +64,7 @@ __device__ __forceinline__ int64_t clamped_cu_seqlen(const GatedDeltaRuleFwdPara
 }
 
 __device__ __forceinline__ FwdWork decode_work(const FwdKernelParams& params, int64_t num_tiles, int num_spans) {
-  const GatedDeltaRuleShape& shape = params.op.shape;
+  const RecurrenceShape& shape = params.op.shape;
   FwdWork work;
   int64_t index = blockIdx.x;
   work.tile = index % num_tiles;
@@ -308,7 +308,7 @@ __device__ __forceinline__ int next_in_ring(int idx, int size) { return idx + 1 
 template <typename T>
 __device__ __forceinline__ void clear_rows(const FwdKernelParams& params, const FwdWork& work, int64_t col0,
                                            int64_t begin, int64_t end) {
-  const GatedDeltaRuleShape& shape = params.op.shape;
+  const RecurrenceShape& shape = params.op.shape;
   const int lane_idx = threadIdx.x % 32;
   const int64_t col = col0 + lane_idx % 16;
   if (col >= shape.value_dim) return;
@@ -319,7 +319,7 @@ __device__ __forceinline__ void clear_rows(const FwdKernelParams& params, const 
 
 template <typename T>
 __device__ __forceinline__ void clear_uncovered(const FwdKernelParams& params, const FwdWork& work, int64_t col0) {
-  const GatedDeltaRuleShape& shape = params.op.shape;
+  const RecurrenceShape& shape = params.op.shape;
   int low = static_cast<int>(shape.seqlen), high = 0;
   for (int64_t i = threadIdx.x % 32; i <= shape.num_seqs; i += 32) {
     low = min(low, static_cast<int>(clamped_cu_seqlen(params.op, i)));
@@ -338,7 +338,7 @@ __device__ __forceinline__ void state_subroutine(const FwdKernelParams& params, 
   using KeyTile = SmemTile<T, HEAD_DIM>;
   using Coefficients = ChunkCoefficients<BLOCK_T>;
   const GatedDeltaRuleFwdParams& op = params.op;
-  const GatedDeltaRuleShape& shape = op.shape;
+  const RecurrenceShape& shape = op.shape;
   const int num_rows = static_cast<int>(shape.head_dim);
   const int lane_col = threadIdx.x % 4 * 2;
 
@@ -576,7 +576,7 @@ __device__ __forceinline__ void inverse_subroutine(const FwdKernelParams& params
   constexpr int kNumRoleThreads = 32 * kFwdInverseWarps;
   static_assert(BLOCK_T <= kNumRoleThreads, "one gate a thread");
   const GatedDeltaRuleFwdParams& op = params.op;
-  const GatedDeltaRuleShape& shape = op.shape;
+  const RecurrenceShape& shape = op.shape;
   const int thread_idx = warp_idx * 32 + threadIdx.x % 32;
   const int64_t key_head = work.head / (shape.num_value_heads / shape.num_heads);
   const int64_t token0 = work.seq_begin + work.begin;

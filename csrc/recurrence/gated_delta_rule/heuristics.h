@@ -74,7 +74,7 @@ inline int plan_num_spans(int64_t num_chains, int64_t num_v_tiles, int64_t num_t
   return best;
 }
 
-inline FwdConfig plan_fwd(const GatedDeltaRuleShape& shape, DType dtype, int num_sms, int arch) {
+inline FwdConfig plan_fwd(const RecurrenceShape& shape, DType dtype, int num_sms, int arch) {
   FwdConfig config;
   if (dtype == DType::kFloat64 || shape.head_dim > 128) return config;
   config.head_dim = shape.head_dim <= 64 ? 64 : 128;
@@ -103,7 +103,7 @@ inline FwdConfig plan_fwd(const GatedDeltaRuleShape& shape, DType dtype, int num
 }
 
 /// Bytes of workspace: per sequence, value head and span but the last, its transition matrix and its own contribution.
-inline int64_t fwd_workspace_size(const GatedDeltaRuleShape& shape, const FwdConfig& config) {
+inline int64_t fwd_workspace_size(const RecurrenceShape& shape, const FwdConfig& config) {
   return shape.num_seqs * shape.num_value_heads * (config.num_spans - 1) * shape.head_dim *
          (shape.head_dim + shape.value_dim) * static_cast<int64_t>(sizeof(float));
 }

@@ -36,7 +36,7 @@ int64_t gated_delta_rule_fwd_workspace(const GatedDeltaRuleFwdParams& params, co
 }
 
 Error gated_delta_rule_fwd(const GatedDeltaRuleFwdParams& params, const Launch& launch) {
-  const GatedDeltaRuleShape& shape = params.shape;
+  const RecurrenceShape& shape = params.shape;
   const cudaStream_t stream = static_cast<cudaStream_t>(launch.stream);
   const int64_t element_size = size_of(params.dtype);
   const FwdConfig config = plan_fwd(shape, params.dtype, launch.num_sms, launch.arch);
@@ -87,7 +87,7 @@ Error gated_delta_rule_fwd(const GatedDeltaRuleFwdParams& params, const Launch& 
 }
 
 Error gated_delta_rule_step(const GatedDeltaRuleStepParams& params, const Launch& launch) {
-  const GatedDeltaRuleShape& shape = params.shape;
+  const RecurrenceShape& shape = params.shape;
   const cudaStream_t stream = static_cast<cudaStream_t>(launch.stream);
   if (params.dtype == DType::kFloat64 || shape.head_dim > 256) {
     return "gated_delta_rule_step on CUDA: head_dim must be at most 256, dtype not float64";

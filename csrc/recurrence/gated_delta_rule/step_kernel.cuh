@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kStepThreads)
     gated_delta_rule_step_kernel(const __grid_constant__ StepKernelParams params) {
   constexpr int kRows = HEAD_DIM / 16;
   const GatedDeltaRuleStepParams& op = params.op;
-  const GatedDeltaRuleShape& shape = op.shape;
+  const RecurrenceShape& shape = op.shape;
   const int lane_idx = threadIdx.x % 32, warp_idx = threadIdx.x / 32;
   const int head_dim = static_cast<int>(shape.head_dim);
 

@@ -7,7 +7,7 @@ namespace remora {
 
 template <typename T>
 cudaError_t launch_step(const StepKernelParams& params, cudaStream_t stream) {
-  const GatedDeltaRuleShape& shape = params.op.shape;
+  const RecurrenceShape& shape = params.op.shape;
   const int64_t num_ctas = shape.num_seqs * shape.num_value_heads * params.num_v_tiles;
   const auto launch = [&](auto kernel) {
     kernel<<<static_cast<unsigned>(num_ctas), kStepThreads, 0, stream>>>(params);

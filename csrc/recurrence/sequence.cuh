@@ -1,6 +1,6 @@
 // Which sequence and which tokens a CTA works on, from cu_seqlens on the device.
 #pragma once
-#include "recurrence/gated_delta_rule/params.h"
+#include "recurrence/shape.h"
 
 namespace remora {
 
@@ -10,7 +10,7 @@ struct Sequence {
 };
 
 /// Sequence `seq_idx`; whatever cu_seqlens says, it lies within the tensor.
-__device__ __forceinline__ Sequence find_sequence(const GatedDeltaRuleShape& shape, const int32_t* cu_seqlens,
+__device__ __forceinline__ Sequence find_sequence(const RecurrenceShape& shape, const int32_t* cu_seqlens,
                                                   int64_t seq_idx) {
   if (cu_seqlens == nullptr) return {seq_idx * shape.seqlen, shape.seqlen};
   const int64_t begin = min(max(int64_t{cu_seqlens[seq_idx]}, int64_t{0}), shape.seqlen);
@@ -32,7 +32,7 @@ struct Chunk {
 };
 
 template <int BLOCK_T>
-__device__ __forceinline__ Chunk find_chunk(const GatedDeltaRuleShape& shape, const int32_t* cu_seqlens, int64_t slot) {
+__device__ __forceinline__ Chunk find_chunk(const RecurrenceShape& shape, const int32_t* cu_seqlens, int64_t slot) {
   int64_t low = 0, high = shape.num_seqs - 1;
   while (low < high) {
     const int64_t middle = (low + high + 1) / 2;

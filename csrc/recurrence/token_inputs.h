@@ -7,6 +7,34 @@
 
 namespace remora {
 
+/// The tensor with its last dimension contiguous.
+inline Tensor with_dense_rows(const Tensor& tensor) {
+  return tensor.dim() > 0 && tensor.stride(tensor.dim() - 1) != 1 ? torch::stable::contiguous(tensor) : tensor;
+}
+
+inline void check_offsets(const RecurrenceShape& shape, const OptionalTensor& cu_seqlens, const OptionalTensor& rows) {
+  if (cu_seqlens.has_value()) {
+    STD_TORCH_CHECK((shape.batch == 1 || rows.has_value()) && shape.num_seqs >= 1,
+                    "cu_seqlens needs B == 1 (or rows) and at least two entries");
+    check_dense(*cu_seqlens, "cu_seqlens", {shape.num_seqs + 1}, ScalarType::Int);
+  }
+  STD_TORCH_CHECK(!rows.has_value() || cu_seqlens.has_value(), "rows needs cu_seqlens");
+  STD_TORCH_CHECK(!rows.has_value() || shape.batch * shape.seqlen <= INT32_MAX, "rows allows 2^31 - 1 rows");
+  check_dense(rows, "rows", {shape.batch * shape.seqlen}, ScalarType::Int);
+}
+
+/// What tells a step on `num_slots` states which one each token works on; `num_tokens` without their choices.
+inline void check_memories(const OptionalTensor& state_indices, const OptionalTensor& memories, int64_t num_memories,
+                           std::initializer_list<int64_t> tokens_shape, int64_t num_tokens, int64_t num_slots) {
+  check_dense(state_indices, "state_indices", {num_tokens}, ScalarType::Int);
+  check_dense(memories, "memories", tokens_shape, ScalarType::Int);
+  STD_TORCH_CHECK(num_memories >= 1 && num_slots % num_memories == 0,
+                  "state must have a multiple of num_memories rows");
+  STD_TORCH_CHECK(memories.has_value() || num_memories == 1, "num_memories needs memories");
+  STD_TORCH_CHECK(state_indices.has_value() || num_slots == num_tokens * num_memories,
+                  "state must have one row per sequence (and memory) if state_indices is not given");
+}
+
 /// [B, T, H, D] tensors of a call, with the last dimension made contiguous.
 struct TokenInputs {
   Tensor q, k, v;
@@ -36,18 +64,7 @@ struct TokenInputs {
     state_type = scalar_type_of(state_dtype);
     check_dense(g, "g", {shape.batch, shape.seqlen, shape.num_value_heads}, state_type);
     check_dense(beta, "beta", {shape.batch, shape.seqlen, shape.num_value_heads}, state_type);
-    if (cu_seqlens.has_value()) {
-      STD_TORCH_CHECK((shape.batch == 1 || rows.has_value()) && shape.num_seqs >= 1,
-                      "cu_seqlens needs B == 1 (or rows) and at least two entries");
-      check_dense(*cu_seqlens, "cu_seqlens", {shape.num_seqs + 1}, ScalarType::Int);
-    }
-    STD_TORCH_CHECK(!rows.has_value() || cu_seqlens.has_value(), "rows needs cu_seqlens");
-    STD_TORCH_CHECK(!rows.has_value() || shape.batch * shape.seqlen <= INT32_MAX, "rows allows 2^31 - 1 rows");
-    check_dense(rows, "rows", {shape.batch * shape.seqlen}, ScalarType::Int);
-  }
-
-  static Tensor with_dense_rows(const Tensor& tensor) {
-    return tensor.dim() > 0 && tensor.stride(tensor.dim() - 1) != 1 ? torch::stable::contiguous(tensor) : tensor;
+    check_offsets(shape, cu_seqlens, rows);
   }
 
   DType saved_dtype() const { return dtype == DType::kBFloat16 ? dtype : state_dtype; }

@@ -148,13 +148,7 @@ Tensor step_(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTe
   in.check_state(state, "state", state.size(0), state_v_first);
   check_dense(a_log, "a_log", {s.num_value_heads}, in.state_type);
   check_dense(dt_bias, "dt_bias", {s.num_value_heads}, in.state_type);
-  check_dense(state_indices, "state_indices", {num_tokens}, ScalarType::Int);
-  check_dense(memories, "memories", {s.batch, s.seqlen}, ScalarType::Int);
-  STD_TORCH_CHECK(num_memories >= 1 && state.size(0) % num_memories == 0,
-                  "state must have a multiple of num_memories rows");
-  STD_TORCH_CHECK(memories.has_value() || num_memories == 1, "num_memories needs memories");
-  STD_TORCH_CHECK(state_indices.has_value() || state.size(0) == num_tokens * num_memories,
-                  "state must have one row per sequence (and memory) if state_indices is not given");
+  check_memories(state_indices, memories, num_memories, {s.batch, s.seqlen}, num_tokens, state.size(0));
   STD_TORCH_CHECK(!a_log.has_value() || g.has_value(), "a_log needs g");
   Tensor o = new_tensor(q, {s.batch, s.seqlen, s.num_value_heads, s.value_dim}, q.scalar_type());
   if (in.empty()) return o;

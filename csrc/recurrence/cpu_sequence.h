@@ -1,47 +1,87 @@
-// Sequences of a call on the CPU: where they lie, what none of them covers, how their tasks are cut.
+// Sequences of a call on the CPU: where their tokens lie, what none of them covers, how their tasks are cut.
 #pragma once
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <numeric>
+#include <thread>
+#include <vector>
 
 #include "recurrence/shape.h"
 
 namespace remora {
 
-struct RecurrenceSequence {
-  int64_t index;   // n
-  int64_t batch;   // row of the batch that holds it
-  int64_t begin;   // its first token there
-  int64_t length;  // tokens
+/// Where a token lies in the batch tensors.
+struct TokenRow {
+  int64_t row;  // of a [B * T, ...] view
+  int64_t batch, token;
 
-  /// Row of the token in a [B * T, ...] view.
-  int64_t row(const RecurrenceShape& shape, int64_t token) const { return batch * shape.seqlen + begin + token; }
-
-  /// First slot of saved_states.
-  int64_t first_slot(const RecurrenceShape& shape) const { return row(shape, 0) / kStateInterval + index; }
+  constexpr int64_t offset(const TokenStrides& stride) const { return batch * stride.batch + token * stride.token; }
 };
 
-inline RecurrenceSequence sequence_at(const RecurrenceShape& shape, const int32_t* cu_seqlens, int64_t n) {
-  if (!cu_seqlens) return {n, n, 0, shape.seqlen};
-  const int64_t begin = std::clamp<int64_t>(cu_seqlens[n], 0, shape.seqlen);
-  const int64_t end = std::clamp<int64_t>(cu_seqlens[n + 1], begin, shape.seqlen);
-  return {n, 0, begin, end - begin};
+struct RecurrenceSequence {
+  int64_t index;        // n
+  int64_t begin;        // packed position of its first token
+  int64_t length;       // tokens
+  TokenRow first;       // its first token, without rows
+  const int32_t* rows;  // or null
+
+  constexpr TokenRow at(const RecurrenceShape& shape, int64_t token) const {
+    if (!rows) return {first.row + token, first.batch, first.token + token};
+    const int64_t given = rows[begin + token], last = shape.batch * shape.seqlen - 1;
+    const int64_t row = given < 0 ? 0 : given > last ? last : given;
+    // rows counts fewer than 2^31 tokens, and a division of 32 bits is the fast one.
+    const uint32_t batch = static_cast<uint32_t>(row) / static_cast<uint32_t>(shape.seqlen);
+    return {row, batch, row - batch * shape.seqlen};
+  }
+
+  /// First slot of saved_states.
+  constexpr int64_t first_slot() const { return first_state_slot(begin, index); }
+};
+
+/// The rows of one chunk of at most kTokens tokens. Behind its last token stand copies of it: every entry can be read.
+template <int kTokens>
+struct ChunkRows {
+  TokenRow at[kTokens];
+
+  constexpr ChunkRows(const RecurrenceShape& shape, const RecurrenceSequence& sequence, int64_t first, int64_t tokens) {
+    for (int64_t i = 0; i < kTokens; ++i) at[i] = i < tokens ? sequence.at(shape, first + i) : at[tokens - 1];
+  }
+};
+
+inline RecurrenceSequence sequence_at(const RecurrenceShape& shape, const int32_t* cu_seqlens, const int32_t* rows,
+                                      int64_t n) {
+  if (!cu_seqlens) return {n, n * shape.seqlen, shape.seqlen, {n * shape.seqlen, n, 0}, nullptr};
+  const int64_t positions = rows ? shape.batch * shape.seqlen : shape.seqlen;
+  const int64_t begin = std::clamp<int64_t>(cu_seqlens[n], 0, positions);
+  const int64_t end = std::clamp<int64_t>(cu_seqlens[n + 1], begin, positions);
+  return {n, begin, end - begin, {begin, 0, begin}, rows};
 }
 
 /// Zeroes the rows of a [B * T, row_bytes] output that no sequence covers.
-inline void zero_uncovered(void* data, int64_t row_bytes, const RecurrenceShape& shape, const int32_t* cu_seqlens) {
+inline void zero_uncovered(void* data, int64_t row_bytes, const RecurrenceShape& shape, const int32_t* cu_seqlens,
+                           const int32_t* rows) {
   if (!data || !cu_seqlens) return;
+  const int64_t positions = rows ? shape.batch * shape.seqlen : shape.seqlen;
   const auto zero = [&](int64_t begin, int64_t end) {
-    if (begin < end) std::memset(static_cast<char*>(data) + begin * row_bytes, 0, (end - begin) * row_bytes);
+    if (begin >= end) return;
+    if (!rows) {
+      std::memset(static_cast<char*>(data) + begin * row_bytes, 0, (end - begin) * row_bytes);
+      return;
+    }
+    const RecurrenceSequence uncovered{0, begin, end - begin, {}, rows};
+    for (int64_t i = 0; i < end - begin; ++i) {
+      std::memset(static_cast<char*>(data) + uncovered.at(shape, i).row * row_bytes, 0, row_bytes);
+    }
   };
   int64_t covered = 0;
   for (int64_t n = 0; n < shape.num_seqs; ++n) {
-    const RecurrenceSequence sequence = sequence_at(shape, cu_seqlens, n);
+    const RecurrenceSequence sequence = sequence_at(shape, cu_seqlens, rows, n);
     if (sequence.length == 0) continue;
     zero(covered, sequence.begin);
     covered = std::max(covered, sequence.begin + sequence.length);
   }
-  zero(covered, shape.seqlen);
+  zero(covered, positions);
 }
 
 /// Below this many multiply-adds a second thread costs more than it saves.
@@ -53,5 +93,49 @@ inline int64_t tasks_per_thread(const RecurrenceShape& shape, int64_t tasks) {
       std::max<int64_t>(1, tokens * shape.head_dim * shape.value_dim * 4 / std::max<int64_t>(1, tasks));
   return std::max<int64_t>(1, kMinWorkPerThread / work);
 }
+
+/// One head of one sequence, or part `part` of `parts` of it.
+struct SequenceTask {
+  RecurrenceSequence sequence;
+  int64_t head, part, parts;
+};
+
+/// The tasks of a call, those of the longest sequences first. A head whose tokens are more than one thread's share of
+/// the call is cut into up to max_parts.
+class SequenceTasks {
+ public:
+  SequenceTasks(const RecurrenceShape& shape, const int32_t* cu_seqlens, const int32_t* rows, int64_t heads,
+                int64_t max_parts)
+      : shape_(shape), cu_seqlens_(cu_seqlens), rows_(rows), order_(shape.num_seqs), first_task_(shape.num_seqs + 1) {
+    const auto length = [&](int64_t n) { return sequence_at(shape, cu_seqlens, rows, n).length; };
+    std::iota(order_.begin(), order_.end(), int64_t{0});
+    if (cu_seqlens) {
+      std::stable_sort(order_.begin(), order_.end(), [&](int64_t a, int64_t b) { return length(a) > length(b); });
+    }
+    int64_t tokens = 0;
+    for (int64_t n = 0; n < shape.num_seqs; ++n) tokens += length(n);
+    tokens = std::max<int64_t>(1, tokens * heads);
+    const int64_t threads = std::max<int64_t>(1, std::thread::hardware_concurrency());
+    for (int64_t i = 0; i < shape.num_seqs; ++i) {
+      const int64_t shares = (length(order_[i]) * threads + tokens - 1) / tokens;
+      first_task_[i + 1] = first_task_[i] + heads * std::clamp<int64_t>(shares, 1, max_parts);
+    }
+    heads_ = heads;
+  }
+
+  int64_t count() const { return first_task_.back(); }
+
+  SequenceTask operator[](int64_t task) const {
+    const int64_t i = std::upper_bound(first_task_.begin(), first_task_.end(), task) - first_task_.begin() - 1;
+    const int64_t parts = (first_task_[i + 1] - first_task_[i]) / heads_, local = task - first_task_[i];
+    return {sequence_at(shape_, cu_seqlens_, rows_, order_[i]), local / parts, local % parts, parts};
+  }
+
+ private:
+  const RecurrenceShape& shape_;
+  const int32_t *cu_seqlens_, *rows_;
+  int64_t heads_;
+  std::vector<int64_t> order_, first_task_;
+};
 
 }  // namespace remora

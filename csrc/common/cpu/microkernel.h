@@ -109,23 +109,34 @@ REMORA_INLINE void multiply_tokens(typename Op::Real* out, const typename Op::Wo
   }
 }
 
-/// Rows of a tile of tokens. Where the tensor ends before the tile does, a zero-filled copy stands for it, so that the
-/// kernels behind always see whole tiles.
+/// Where the rows of a chunk of tokens lie.
 template <class E>
 struct Tile {
-  const E* data;
-  int64_t stride;
+  const E* row[kChunk];
+
+  REMORA_INLINE Tile columns_from(int64_t column) const {
+    Tile tile;
+    for (int i = 0; i < kChunk; ++i) tile.row[i] = row[i] + column;
+    return tile;
+  }
 };
 
 template <class E>
-REMORA_INLINE Tile<E> whole_tile(const E* data, int64_t stride, int64_t tokens, int64_t dims, int64_t tile_dims,
-                                 E* copy) {
-  if (tokens == kChunk && dims == tile_dims) return {data, stride};
+REMORA_INLINE Tile<E> strided_tile(const E* data, int64_t stride) {
+  Tile<E> tile;
+  for (int i = 0; i < kChunk; ++i) tile.row[i] = data + i * stride;
+  return tile;
+}
+
+/// The rows themselves, or where the tensor ends before the tile does, a zero-filled copy, so that the kernels behind
+/// always see whole tiles.
+template <class E>
+REMORA_INLINE Tile<E> whole_tile(const Tile<E>& rows, int64_t tokens, int64_t dims, int64_t tile_dims, E* copy) {
+  if (tokens == kChunk && dims == tile_dims) return rows;
   for (int64_t i = 0; i < kChunk; ++i) {
-    for (int64_t d = 0; d < tile_dims; ++d)
-      copy[i * tile_dims + d] = i < tokens && d < dims ? data[i * stride + d] : E{};
+    for (int64_t d = 0; d < tile_dims; ++d) copy[i * tile_dims + d] = i < tokens && d < dims ? rows.row[i][d] : E{};
   }
-  return {copy, tile_dims};
+  return strided_tile<E>(copy, tile_dims);
 }
 
 /// Elements of the copy load_operand may need.
@@ -133,19 +144,18 @@ constexpr int64_t operand_copy_size(int64_t dims) { return kChunk * (pad(dims) +
 
 /// Turns tokens [tokens][dims] into an operand of pad(dims) features.
 template <class Op, class E>
-inline void load_operand(typename Op::Word* operand, const E* data, int64_t stride, int64_t tokens, int64_t dims,
-                         E* copy) {
+inline void load_operand(typename Op::Word* operand, const Tile<E>& data, int64_t tokens, int64_t dims, E* copy) {
   using Word = typename Op::Word;
   constexpr int w = kWidth<Word>;
   constexpr int64_t step = w * Op::kPack;
   const int64_t tile_dims = (pad(dims) + step - 1) / step * step;
-  const Tile<E> tile = whole_tile(data, stride, tokens, dims, tile_dims, copy);
+  const Tile<E> tile = whole_tile(data, tokens, dims, tile_dims, copy);
   const int64_t rows = words<Op>(pad(dims));
   for (int64_t d = 0; d < rows; d += w) {
     for (int c = 0; c < kChunk; c += w) {
       Vec<Word> block[w];
       unroll<w>([&](auto i) REMORA_ALWAYS_INLINE {
-        const E* p = tile.data + (c + i) * tile.stride + d * Op::kPack;
+        const E* p = tile.row[c + i] + d * Op::kPack;
         if constexpr (Op::kPack == 1) {
           block[i] = load<Word>(p);
         } else {

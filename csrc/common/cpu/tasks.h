@@ -24,21 +24,17 @@ inline void* thread_scratch(int64_t bytes) {
   return buffer.get();
 }
 
-/// Runs task(i, scratch) for i in [0, count), at least `grain` of them per thread; a thread that is done takes the next
-/// task. False if a thread found no memory for its scratch: its tasks did not run.
+/// Runs task(i, scratch) for i in [0, count) in this order, on one thread per `grain` tasks at most; a thread that is
+/// done takes the next task. False if no thread found memory for its scratch: no task ran then.
 template <class Task>
 bool run_tasks(ParallelFor parallel_for, int64_t count, int64_t grain, int64_t scratch_bytes, const Task& task) {
   std::atomic<int64_t> next{0};
-  std::atomic<bool> ok{true};
-  parallel_for(count, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(count, grain, [&](int64_t, int64_t) {
     void* scratch = thread_scratch(scratch_bytes);
-    if (!scratch) ok = false;
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t mine = next.fetch_add(1, std::memory_order_relaxed);
-      if (scratch) task(mine, scratch);
-    }
+    if (!scratch) return;
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) task(i, scratch);
   });
-  return ok;
+  return next >= count;
 }
 
 }  // namespace remora

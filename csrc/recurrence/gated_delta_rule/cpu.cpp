@@ -2,9 +2,7 @@
 // writes and sums in its own order, so results do not depend on the number of threads.
 #include "recurrence/gated_delta_rule/cpu.h"
 
-#include <algorithm>
 #include <cstring>
-#include <thread>
 
 #include "common/cpu/tasks.h"
 #include "recurrence/gated_delta_rule/launch.h"
@@ -14,6 +12,22 @@ namespace {
 
 constexpr Error kNoMemory = "out of memory for the scratch buffers of gated_delta_rule";
 
+RecurrenceSequence step_sequence(const GatedDeltaRuleStepParams& params, int64_t n) {
+  const RecurrenceShape& shape = params.shape;
+  if (!params.memories) return sequence_at(shape, params.cu_seqlens, nullptr, n);
+  return {n, n, 1, {n, n / shape.seqlen, n % shape.seqlen}, nullptr};
+}
+
+/// Row of the state tensors that sequence n works on, or -1: none.
+int64_t step_slot(const GatedDeltaRuleStepParams& params, int64_t n) {
+  const int64_t num_memories = params.memories ? params.num_memories : 1;
+  const int64_t token = params.memories ? n % params.shape.seqlen : n;
+  const int64_t state = params.state_indices ? params.state_indices[token] : token;
+  const int64_t memory = params.memories ? params.memories[n] : 0;
+  if (state < 0 || state >= params.num_slots / num_memories || memory < 0 || memory >= num_memories) return -1;
+  return state * num_memories + memory;
+}
+
 }  // namespace
 
 int64_t gated_delta_rule_fwd_workspace(const GatedDeltaRuleFwdParams&, const Launch&) { return 0; }
@@ -21,21 +35,18 @@ int64_t gated_delta_rule_fwd_workspace(const GatedDeltaRuleFwdParams&, const Lau
 Error gated_delta_rule_fwd(const GatedDeltaRuleFwdParams& params, const Launch& launch) {
   const RecurrenceShape& shape = params.shape;
   const GatedDeltaRuleCpuKernels& kernels = gated_delta_rule_kernels(params.dtype);
-  zero_uncovered(params.o, shape.num_value_heads * shape.value_dim * size_of(params.dtype), shape, params.cu_seqlens);
+  zero_uncovered(params.o, shape.num_value_heads * shape.value_dim * size_of(params.dtype), shape, params.cu_seqlens,
+                 params.rows);
 
   // Heads are split by columns only where there are too few of them: every part repeats the products of q and k.
-  const int64_t heads = shape.num_seqs * shape.num_value_heads;
-  if (heads == 0) return nullptr;
-  const int64_t threads = std::max<int64_t>(1, std::thread::hardware_concurrency());
   const int64_t columns = (shape.value_dim + kGatedDeltaRuleColumns - 1) / kGatedDeltaRuleColumns;
-  const int64_t parts = std::min(columns, (threads + heads - 1) / heads);
-  const bool ok = run_tasks(launch.parallel_for, heads * parts, tasks_per_thread(shape, heads * parts),
-                            kernels.fwd_scratch(shape), [&](int64_t task, void* scratch) {
-                              const int64_t part = task % parts, head = task / parts;
-                              kernels.fwd(params, sequence_at(shape, params.cu_seqlens, head / shape.num_value_heads),
-                                          head % shape.num_value_heads,
-                                          {columns * part / parts, columns * (part + 1) / parts}, scratch);
-                            });
+  const SequenceTasks tasks(shape, params.cu_seqlens, params.rows, shape.num_value_heads, columns);
+  const bool ok =
+      run_tasks(launch.parallel_for, tasks.count(), tasks_per_thread(shape, tasks.count()), kernels.fwd_scratch(shape),
+                [&](int64_t i, void* scratch) {
+                  const auto [sequence, head, part, parts] = tasks[i];
+                  kernels.fwd(params, sequence, head, {columns * part / parts, columns * (part + 1) / parts}, scratch);
+                });
   return ok ? nullptr : kNoMemory;
 }
 
@@ -46,18 +57,20 @@ Error gated_delta_rule_bwd(const GatedDeltaRuleBwdParams& params, const Launch& 
   const GatedDeltaRuleCpuKernels& kernels = gated_delta_rule_kernels(params.dtype);
   const int64_t key_bytes = shape.num_heads * shape.head_dim * size_of(params.dtype);
   const int64_t gate_bytes = shape.num_value_heads * size_of(params.state_dtype);
-  zero_uncovered(params.dq, key_bytes, shape, params.cu_seqlens);
-  zero_uncovered(params.dk, key_bytes, shape, params.cu_seqlens);
-  zero_uncovered(params.dv, shape.num_value_heads * shape.value_dim * size_of(params.dtype), shape, params.cu_seqlens);
-  zero_uncovered(params.dg, gate_bytes, shape, params.cu_seqlens);
-  zero_uncovered(params.dbeta, gate_bytes, shape, params.cu_seqlens);
+  const auto zero = [&](void* data, int64_t row_bytes) {
+    zero_uncovered(data, row_bytes, shape, params.cu_seqlens, params.rows);
+  };
+  zero(params.dq, key_bytes);
+  zero(params.dk, key_bytes);
+  zero(params.dv, shape.num_value_heads * shape.value_dim * size_of(params.dtype));
+  zero(params.dg, gate_bytes);
+  zero(params.dbeta, gate_bytes);
 
-  const int64_t tasks = shape.num_seqs * shape.num_heads;
-  if (tasks == 0) return nullptr;
-  const bool ok = run_tasks(launch.parallel_for, tasks, tasks_per_thread(shape, tasks), kernels.bwd_scratch(shape),
-                            [&](int64_t task, void* scratch) {
-                              kernels.bwd(params, sequence_at(shape, params.cu_seqlens, task / shape.num_heads),
-                                          task % shape.num_heads, scratch);
+  const SequenceTasks tasks(shape, params.cu_seqlens, params.rows, shape.num_heads, 1);
+  const bool ok = run_tasks(launch.parallel_for, tasks.count(), tasks_per_thread(shape, tasks.count()),
+                            kernels.bwd_scratch(shape), [&](int64_t i, void* scratch) {
+                              const SequenceTask task = tasks[i];
+                              kernels.bwd(params, task.sequence, task.head, scratch);
                             });
   return ok ? nullptr : kNoMemory;
 }
@@ -66,21 +79,20 @@ Error gated_delta_rule_step(const GatedDeltaRuleStepParams& params, const Launch
   const RecurrenceShape& shape = params.shape;
   const GatedDeltaRuleCpuKernels& kernels = gated_delta_rule_kernels(params.dtype);
   const int64_t row_bytes = shape.num_value_heads * shape.value_dim * size_of(params.dtype);
-  zero_uncovered(params.o, row_bytes, shape, params.cu_seqlens);
+  zero_uncovered(params.o, row_bytes, shape, params.cu_seqlens, nullptr);
 
   const int64_t tasks = shape.num_seqs * shape.num_value_heads;
-  if (tasks == 0) return nullptr;
   const bool ok = run_tasks(
       launch.parallel_for, tasks, tasks_per_thread(shape, tasks), kernels.step_scratch(shape),
       [&](int64_t task, void* scratch) {
         const int64_t n = task / shape.num_value_heads, value_head = task % shape.num_value_heads;
-        const RecurrenceSequence sequence = sequence_at(shape, params.cu_seqlens, n);
-        const int64_t slot = params.state_indices ? params.state_indices[n] : n;
-        if (params.state_indices && (slot < 0 || slot >= params.num_slots)) {
+        const RecurrenceSequence sequence = step_sequence(params, n);
+        const int64_t slot = step_slot(params, n);
+        if (slot < 0) {
           const int64_t head_bytes = shape.value_dim * size_of(params.dtype);
           for (int64_t t = 0; t < sequence.length; ++t) {
-            std::memset(static_cast<char*>(params.o) + sequence.row(shape, t) * row_bytes + value_head * head_bytes, 0,
-                        head_bytes);
+            std::memset(static_cast<char*>(params.o) + sequence.at(shape, t).row * row_bytes + value_head * head_bytes,
+                        0, head_bytes);
           }
           return;
         }

@@ -140,7 +140,7 @@ REMORA_INLINE void bwd_columns(const KeyChunk<Op>& key, const ValueChunk<typenam
   multiply_panel<Op>(x, key.k, d_state, padded);
   unroll<kChunk>([&](auto i) REMORA_ALWAYS_INLINE { x[i] *= value.k_write[i]; });
   unroll<kChunk>([&](auto j) REMORA_ALWAYS_INLINE {
-    const Vec<T> row = load<T>(d_o.data + j * d_o.stride);
+    const Vec<T> row = load<T>(d_o.row[j]);
     unroll<j + 1>([&](auto i) REMORA_ALWAYS_INLINE { x[i] += row * value.attn[j * kChunk + i]; });
   });
   unroll<kChunk>([&](auto step) REMORA_ALWAYS_INLINE {
@@ -155,7 +155,7 @@ REMORA_INLINE void bwd_columns(const KeyChunk<Op>& key, const ValueChunk<typenam
   });
   Vec<T> u[2][kChunk];
   unroll<kChunk>([&](auto i) REMORA_ALWAYS_INLINE {
-    u[0][i] = load<T>(d_o.data + i * d_o.stride) * value.q_read[i];
+    u[0][i] = load<T>(d_o.row[i]) * value.q_read[i];
     u[1][i] = x[i] * -value.k_read[i];
   });
   rank_update<Op, 2>(d_state, padded, value.total, {key.q_pairs(), key.k_pairs()}, u);
@@ -193,8 +193,8 @@ REMORA_INLINE void make_pair_gradients(PairGradients<T>& pair, const KeyChunk<Op
 /// dg_t: pairs j < t <= i, reads of the chunk's first state at i >= t, writes at j < t into its last, and the state
 /// that passes through. Every term carries exactly the decay it depends on, so nothing cancels.
 template <class T>
-REMORA_INLINE void gate_gradient(T* dg, int64_t stride, int64_t tokens, const T* pairs, const T* reads, const T* writes,
-                                 T through) {
+REMORA_INLINE void gate_gradient(T* dg, int64_t value_heads, const ChunkRows<kChunk>& rows, int64_t tokens,
+                                 const T* pairs, const T* reads, const T* writes, T through) {
   T column[kChunk] = {};  // sum over i >= t of pairs[i][j]
   T before[kChunk];       // sum over j < t of writes
   T sum = through;
@@ -210,7 +210,7 @@ REMORA_INLINE void gate_gradient(T* dg, int64_t stride, int64_t tokens, const T*
       column[j] += pairs[t * kChunk + j];
       rectangle += column[j];
     }
-    if (t < tokens) dg[t * stride] = rectangle + after + before[t];
+    if (t < tokens) dg[rows.at[t].row * value_heads] = rectangle + after + before[t];
   }
 }
 
@@ -268,14 +268,14 @@ REMORA_INLINE void bwd_features(const ValueChunk<T>& value, const PairGradients<
 
 /// Zero-padded rows of a chunk in T.
 template <class T, class E>
-REMORA_INLINE void load_rows(T* rows, const E* data, int64_t data_stride, int64_t tokens, int64_t dims) {
+REMORA_INLINE void load_rows(T* rows, const Tile<E>& data, int64_t tokens, int64_t dims) {
   constexpr int w = kWidth<T>;
   const int64_t padded = pad(dims);
   for (int64_t i = 0; i < kChunk; ++i) {
     for (int64_t d = 0; d < padded; d += w) {
       Vec<T> row{};
       if (i < tokens && d < dims) {
-        const E* p = data + i * data_stride + d;
+        const E* p = data.row[i] + d;
         row = dims - d >= w ? load<T>(p) : load_first<T>(p, dims - d);
       }
       store<T>(rows + i * padded + d, row);
@@ -333,25 +333,22 @@ void bwd(const GatedDeltaRuleBwdParams& p, const RecurrenceSequence& sequence, i
     }
   }
 
-  const E* q = static_cast<const E*>(p.q) + sequence.batch * p.q_stride.batch + head * p.q_stride.head;
-  const E* k = static_cast<const E*>(p.k) + sequence.batch * p.k_stride.batch + head * p.k_stride.head;
   const int64_t intervals = (sequence.length + kStateInterval - 1) / kStateInterval;
   for (int64_t interval = intervals - 1; interval >= 0; --interval) {
     const int64_t start = interval * kStateInterval;
     const int64_t interval_tokens = min(kStateInterval, sequence.length - start);
     const int64_t chunks = (interval_tokens + kChunk - 1) / kChunk;
     for (int64_t c = 0; c < chunks; ++c) {
-      const int64_t token = sequence.begin + start + c * kChunk;
-      make_key_chunk<Op>(scratch.keys[c], q + token * p.q_stride.token, p.q_stride.token, k + token * p.k_stride.token,
-                         p.k_stride.token, min(kChunk, interval_tokens - c * kChunk), dims, p.use_qk_l2norm,
-                         scratch.copy);
+      const int64_t tokens = min(kChunk, interval_tokens - c * kChunk);
+      const ChunkRows<kChunk> rows(shape, sequence, start + c * kChunk, tokens);
+      make_key_chunk<Op>(scratch.keys[c], head_tile<E>(p.q, p.q_stride, head, rows),
+                         head_tile<E>(p.k, p.k_stride, head, rows), tokens, dims, p.use_qk_l2norm, scratch.copy);
     }
 
     for (int64_t r = 0; r < group; ++r) {
       const int64_t value_head = head * group + r;
-      const E* v = static_cast<const E*>(p.v) + sequence.batch * p.v_stride.batch + value_head * p.v_stride.head;
 
-      const int64_t slot = sequence.first_slot(shape) + interval;
+      const int64_t slot = sequence.first_slot() + interval;
       const Saved* saved =
           static_cast<const Saved*>(p.saved_states) + (slot * value_heads + value_head) * dims * columns;
       for (int64_t tile = 0; tile < tiles; ++tile) {
@@ -362,18 +359,18 @@ void bwd(const GatedDeltaRuleBwdParams& p, const RecurrenceSequence& sequence, i
 
       for (int64_t c = 0; c < chunks; ++c) {
         const int64_t t = start + c * kChunk, tokens = min(kChunk, sequence.length - t);
-        const int64_t row = sequence.row(shape, t) * value_heads + value_head;
+        const ChunkRows<kChunk> rows(shape, sequence, t, tokens);
+        const Tile<E> v_rows = head_tile<E>(p.v, p.v_stride, value_head, rows);
         const KeyChunk<Op>& key = scratch.keys[c];
         ValueChunk<T>& value = scratch.values[c];
-        make_value_chunk<Op>(value, key, p.g ? static_cast<const T*>(p.g) + row : nullptr,
-                             static_cast<const T*>(p.beta) + row, value_heads, tokens, scale);
+        make_value_chunk<Op>(value, key, p.g ? static_cast<const T*>(p.g) + value_head : nullptr,
+                             static_cast<const T*>(p.beta) + value_head, value_heads, rows, tokens, scale);
         transpose_state<Op>(scratch.states + c * state_words, scratch.state, padded, padded_columns);
         if (p.dg) std::copy_n(scratch.state, state_size, scratch.state_values + c * state_size);
         for (int64_t tile = 0; tile < tiles; ++tile) {
           const int64_t j = tile * w, lanes = max(0, min(w, columns - j));
           E copy[kChunk * w];
-          const Tile<E> v_tile =
-              whole_tile(v + (sequence.begin + t) * p.v_stride.token + j, p.v_stride.token, tokens, lanes, w, copy);
+          const Tile<E> v_tile = whole_tile(v_rows.columns_from(j), tokens, lanes, w, copy);
           const Panel<Op> state = Panel<Op>::of(scratch.state, scratch.state_packed, tile, padded);
           Vec<T> u[1][kChunk];
           solve_tile<Op>(u[0], key, value, state, padded, v_tile, scratch.residual + c * kChunk * padded_columns + j,
@@ -384,7 +381,7 @@ void bwd(const GatedDeltaRuleBwdParams& p, const RecurrenceSequence& sequence, i
 
       for (int64_t c = chunks - 1; c >= 0; --c) {
         const int64_t t = start + c * kChunk, tokens = min(kChunk, sequence.length - t);
-        const int64_t token_row = sequence.row(shape, t), row = token_row * value_heads + value_head;
+        const ChunkRows<kChunk> rows(shape, sequence, t, tokens);
         const KeyChunk<Op>& key = scratch.keys[c];
         const ValueChunk<T>& value = scratch.values[c];
         const T* residual = scratch.residual + c * kChunk * padded_columns;
@@ -393,32 +390,38 @@ void bwd(const GatedDeltaRuleBwdParams& p, const RecurrenceSequence& sequence, i
         // While this chunk is walked, the rows of the next one and of its counterpart in the next interval arrive.
         for (int64_t i = 0; i < kChunk; ++i) {
           const int64_t next = t - kChunk + i, later = t - kStateInterval + i;
-          if (next >= 0)
-            prefetch_row(static_cast<const E*>(p.d_o) + (row + (next - t) * value_heads) * columns, columns);
+          if (next >= 0) {
+            const int64_t row = sequence.at(shape, next).row * value_heads + value_head;
+            prefetch_row(static_cast<const E*>(p.d_o) + row * columns, columns);
+          }
           if (later < 0) continue;
-          prefetch_row(v + (sequence.begin + later) * p.v_stride.token, columns);
+          const TokenRow row = sequence.at(shape, later);
+          prefetch_row(static_cast<const E*>(p.v) + row.offset(p.v_stride) + value_head * p.v_stride.head, columns);
           if (r > 0) continue;
-          prefetch_row(q + (sequence.begin + later) * p.q_stride.token, dims);
-          prefetch_row(k + (sequence.begin + later) * p.k_stride.token, dims);
+          prefetch_row(static_cast<const E*>(p.q) + row.offset(p.q_stride) + head * p.q_stride.head, dims);
+          prefetch_row(static_cast<const E*>(p.k) + row.offset(p.k_stride) + head * p.k_stride.head, dims);
         }
 
         const T* d_state = scratch.d_state + r * state_size;
         transpose_state<Op>(scratch.d_state_transposed, d_state, padded, padded_columns);
         const T through =
             p.dg ? value.total * state_product<T>(scratch.state_values + c * state_size, d_state, state_size) : T(0);
-        const E* d_o = static_cast<const E*>(p.d_o) + row * columns;
-        const int64_t o_stride = value_heads * columns;
-        load_operand<Op>(scratch.d_o, d_o, o_stride, tokens, columns, scratch.copy);
+        const TokenStrides o_stride{shape.seqlen * value_heads * columns, value_heads * columns, columns};
+        const Tile<E> d_o = head_tile<E>(p.d_o, o_stride, value_head, rows);
+        load_operand<Op>(scratch.d_o, d_o, tokens, columns, scratch.copy);
         for (int64_t tile = 0; tile < tiles; ++tile) {
           const int64_t j = tile * w, lanes = max(0, min(w, columns - j));
           E copy[kChunk * w];
-          const Tile<E> d_o_tile = whole_tile(d_o + j, o_stride, tokens, lanes, w, copy);
-          const OutputTile<E> dv_tile{static_cast<E*>(p.dv) + row * columns + j, o_stride, tokens, lanes};
+          const Tile<E> d_o_tile = whole_tile(d_o.columns_from(j), tokens, lanes, w, copy);
+          const OutputTile<E> dv_tile{static_cast<E*>(p.dv) + value_head * columns + j, o_stride.token, rows, tokens,
+                                      lanes};
           bwd_columns<Op>(key, value, d_state_panel(r, tile), padded, d_o_tile, residual + j, padded_columns,
                           scratch.dv_rows + j, scratch.u_rows + j, lanes_beta, dv_tile);
         }
-        load_operand<Op, Row>(scratch.dv, scratch.dv_rows, padded_columns, kChunk, padded_columns, scratch.row_copy);
-        load_operand<Op, Row>(scratch.u, scratch.u_rows, padded_columns, kChunk, padded_columns, scratch.row_copy);
+        load_operand<Op>(scratch.dv, strided_tile<Row>(scratch.dv_rows, padded_columns), kChunk, padded_columns,
+                         scratch.row_copy);
+        load_operand<Op>(scratch.u, strided_tile<Row>(scratch.u_rows, padded_columns), kChunk, padded_columns,
+                         scratch.row_copy);
 
         alignas(64) T d_o_u[kChunk * kChunk], dv_u[kChunk * kChunk];
         multiply_tokens<Op>(d_o_u, scratch.d_o, scratch.u, words<Op>(padded_columns));
@@ -426,9 +429,8 @@ void bwd(const GatedDeltaRuleBwdParams& p, const RecurrenceSequence& sequence, i
         PairGradients<T> pair;
         make_pair_gradients<Op>(pair, key, value, d_o_u, dv_u, scale);
 
-        const int64_t token = sequence.begin + t;
-        load_rows(scratch.q_rows, q + token * p.q_stride.token, p.q_stride.token, tokens, dims);
-        load_rows(scratch.k_rows, k + token * p.k_stride.token, p.k_stride.token, tokens, dims);
+        load_rows(scratch.q_rows, head_tile<E>(p.q, p.q_stride, head, rows), tokens, dims);
+        load_rows(scratch.k_rows, head_tile<E>(p.k, p.k_stride, head, rows), tokens, dims);
         T* dq = scratch.dq + c * kChunk * padded;
         T* dk = scratch.dk + c * kChunk * padded;
         for (int64_t d = 0; d < padded; d += w) {
@@ -440,7 +442,7 @@ void bwd(const GatedDeltaRuleBwdParams& p, const RecurrenceSequence& sequence, i
 
         if (r + 1 == group) {
           for (int64_t i = 0; i < tokens; ++i) {
-            const int64_t at = ((token_row + i) * shape.num_heads + head) * dims;
+            const int64_t at = (rows.at[i].row * shape.num_heads + head) * dims;
             store_gradient(static_cast<E*>(p.dq) + at, dq + i * padded, scratch.q_rows + i * padded, key.q_norm[i],
                            dims, p.use_qk_l2norm);
             store_gradient(static_cast<E*>(p.dk) + at, dk + i * padded, scratch.k_rows + i * padded, key.k_norm[i],
@@ -450,12 +452,12 @@ void bwd(const GatedDeltaRuleBwdParams& p, const RecurrenceSequence& sequence, i
 
         alignas(64) T d_beta[kChunk], reads[kChunk], writes[kChunk];
         sum_chunk_rows(d_beta, lanes_beta);
-        T* d_beta_out = static_cast<T*>(p.dbeta) + row;
-        for (int64_t i = 0; i < tokens; ++i) d_beta_out[i * value_heads] = d_beta[i];
+        T* d_beta_out = static_cast<T*>(p.dbeta) + value_head;
+        for (int64_t i = 0; i < tokens; ++i) d_beta_out[rows.at[i].row * value_heads] = d_beta[i];
         if (!p.dg) continue;
         sum_chunk_rows(reads, lanes_reads);
         sum_chunk_rows(writes, lanes_writes);
-        gate_gradient(static_cast<T*>(p.dg) + row, value_heads, tokens, pair.gate, reads, writes, through);
+        gate_gradient(static_cast<T*>(p.dg) + value_head, value_heads, rows, tokens, pair.gate, reads, writes, through);
       }
     }
   }

@@ -9,6 +9,7 @@
 
 #include "common/cpu/arena.h"
 #include "common/cpu/microkernel.h"
+#include "recurrence/cpu_sequence.h"
 #include "recurrence/gated_delta_rule/params.h"
 
 namespace remora::REMORA_CPU_ISA {
@@ -18,6 +19,17 @@ template <class T>
 constexpr T kMinGate = sizeof(T) == 8 ? T(-700) : T(-88);
 
 constexpr double kNormEpsilon = 1e-6;
+
+/// Rows of the chunk in one head of a [B, T, H, D] tensor.
+template <class E>
+REMORA_INLINE Tile<E> head_tile(const void* data, const TokenStrides& stride, int64_t head,
+                                const ChunkRows<kChunk>& rows) {
+  Tile<E> tile;
+  for (int i = 0; i < kChunk; ++i) {
+    tile.row[i] = static_cast<const E*>(data) + head * stride.head + rows.at[i].offset(stride);
+  }
+  return tile;
+}
 
 /// Tokens of one chunk that all value heads of a key head share.
 template <class Op>
@@ -44,12 +56,12 @@ struct KeyChunk {
 };
 
 template <class Op, class E>
-inline void make_key_chunk(KeyChunk<Op>& chunk, const E* q, int64_t q_stride, const E* k, int64_t k_stride,
-                           int64_t tokens, int64_t dims, bool use_l2norm, E* copy) {
+inline void make_key_chunk(KeyChunk<Op>& chunk, const Tile<E>& q, const Tile<E>& k, int64_t tokens, int64_t dims,
+                           bool use_l2norm, E* copy) {
   using T = typename Op::Real;
   const int64_t n = words<Op>(pad(dims));
-  load_operand<Op>(chunk.q, q, q_stride, tokens, dims, copy);
-  load_operand<Op>(chunk.k, k, k_stride, tokens, dims, copy);
+  load_operand<Op>(chunk.q, q, tokens, dims, copy);
+  load_operand<Op>(chunk.k, k, tokens, dims, copy);
   token_pairs<Op>(chunk.q_paired, chunk.q, n);
   token_pairs<Op>(chunk.k_paired, chunk.k, n);
   multiply_tokens<Op>(chunk.qk, chunk.q, chunk.k, n);
@@ -88,17 +100,18 @@ struct ValueChunk {
 };
 
 template <class Op, class T = typename Op::Real>
-inline void make_value_chunk(ValueChunk<T>& chunk, const KeyChunk<Op>& key, const T* g, const T* beta, int64_t stride,
-                             int64_t tokens, T scale) {
+inline void make_value_chunk(ValueChunk<T>& chunk, const KeyChunk<Op>& key, const T* g, const T* beta,
+                             int64_t value_heads, const ChunkRows<kChunk>& rows, int64_t tokens, T scale) {
   constexpr int w = kWidth<T>;
   // Sums as gate + rest: next to a reset, the difference of two sums is far smaller than they are.
   alignas(64) T gate[kChunk], rest[kChunk];
   double sum = 0;
   for (int i = 0; i < kChunk; ++i) {
-    if (g && i < tokens) sum += g[i * stride] < kMinGate<T> ? kMinGate<T> : g[i * stride];
+    const int64_t at = rows.at[i].row * value_heads;
+    if (g && i < tokens) sum += g[at] < kMinGate<T> ? kMinGate<T> : g[at];
     gate[i] = static_cast<T>(sum);
     rest[i] = static_cast<T>(sum - gate[i]);
-    chunk.beta[i] = i < tokens ? beta[i * stride] : T(0);
+    chunk.beta[i] = i < tokens ? beta[at] : T(0);
   }
   for (int j = 0; j < kChunk; j += w) {
     const Vec<T> column = load<T>(gate + j), column_rest = load<T>(rest + j);
@@ -125,15 +138,17 @@ inline void make_value_chunk(ValueChunk<T>& chunk, const KeyChunk<Op>& key, cons
 template <class E>
 struct OutputTile {
   E* data;
-  int64_t stride;
+  int64_t stride;  // between rows of the tensor
+  const ChunkRows<kChunk>& rows;
   int64_t tokens, lanes;
 
   template <class T>
   REMORA_INLINE void store_row(int64_t i, Vec<T> row) const {
+    E* const out = data + rows.at[i].row * stride;
     if (lanes == kWidth<T> && tokens == kChunk) {
-      store<T>(data + i * stride, row);
+      store<T>(out, row);
     } else if (i < tokens) {
-      store_first<T>(data + i * stride, row, lanes);
+      store_first<T>(out, row, lanes);
     }
   }
 };
@@ -146,7 +161,7 @@ REMORA_INLINE void solve_tile(Vec<typename Op::Real> (&u)[kChunk], const KeyChun
                               const Tile<E>& v, typename Op::Real* residual, int64_t residual_stride) {
   using T = typename Op::Real;
   multiply_panel<Op>(u, key.k, state, padded);
-  unroll<kChunk>([&](auto i) REMORA_ALWAYS_INLINE { u[i] = load<T>(v.data + i * v.stride) - u[i] * value.k_read[i]; });
+  unroll<kChunk>([&](auto i) REMORA_ALWAYS_INLINE { u[i] = load<T>(v.row[i]) - u[i] * value.k_read[i]; });
   unroll<kChunk>([&](auto j) REMORA_ALWAYS_INLINE {
     if (residual) store<T>(residual + j * residual_stride, u[j]);
     u[j] *= value.beta[j];

@@ -81,37 +81,37 @@ void fwd(const GatedDeltaRuleFwdParams& p, const RecurrenceSequence& sequence, i
     load_panel(scratch.panel(tile, padded), initial, dims, columns, min(w, columns - j), p.state_v_first);
   }
 
-  const E* q = static_cast<const E*>(p.q) + sequence.batch * p.q_stride.batch + head * p.q_stride.head;
-  const E* k = static_cast<const E*>(p.k) + sequence.batch * p.k_stride.batch + head * p.k_stride.head;
-  const E* v = static_cast<const E*>(p.v) + sequence.batch * p.v_stride.batch + value_head * p.v_stride.head;
   for (int64_t t = 0; t < sequence.length; t += kChunk) {
     if (p.saved_states && t % kStateInterval == 0) {
-      const int64_t slot = sequence.first_slot(shape) + t / kStateInterval;
+      const int64_t slot = sequence.first_slot() + t / kStateInterval;
       Saved* saved = static_cast<Saved*>(p.saved_states) + (slot * value_heads + value_head) * dims * columns;
       for (int64_t tile = first_tile; tile < end_tile; ++tile) {
         store_panel(scratch.panel(tile, padded), saved + tile * w, dims, columns, min(w, columns - tile * w), false);
       }
     }
     const int64_t tokens = min(kChunk, sequence.length - t);
-    const int64_t token = sequence.begin + t;
-    const int64_t row = sequence.row(shape, t) * value_heads + value_head;
-    make_key_chunk<Op>(key, q + token * p.q_stride.token, p.q_stride.token, k + token * p.k_stride.token,
-                       p.k_stride.token, tokens, dims, p.use_qk_l2norm, scratch.copy);
-    make_value_chunk<Op>(value, key, p.g ? static_cast<const T*>(p.g) + row : nullptr,
-                         static_cast<const T*>(p.beta) + row, value_heads, tokens, static_cast<T>(p.scale));
+    const ChunkRows<kChunk> rows(shape, sequence, t, tokens);
+    make_key_chunk<Op>(key, head_tile<E>(p.q, p.q_stride, head, rows), head_tile<E>(p.k, p.k_stride, head, rows),
+                       tokens, dims, p.use_qk_l2norm, scratch.copy);
+    make_value_chunk<Op>(value, key, p.g ? static_cast<const T*>(p.g) + value_head : nullptr,
+                         static_cast<const T*>(p.beta) + value_head, value_heads, rows, tokens,
+                         static_cast<T>(p.scale));
+    const Tile<E> v_rows = head_tile<E>(p.v, p.v_stride, value_head, rows);
     for (int64_t tile = first_tile; tile < end_tile; ++tile) {
       const int64_t j = tile * w, lanes = min(w, columns - j);
       // A share of the next chunk's rows is on its way while this panel is worked on.
       const int64_t next = t + kChunk, share = end_tile - first_tile;
       for (int64_t i = next + kChunk * (tile - first_tile) / share;
            i < min(next + kChunk * (tile - first_tile + 1) / share, sequence.length); ++i) {
-        prefetch_row(q + (sequence.begin + i) * p.q_stride.token, dims);
-        prefetch_row(k + (sequence.begin + i) * p.k_stride.token, dims);
-        prefetch_row(v + (sequence.begin + i) * p.v_stride.token, columns);
+        const TokenRow row = sequence.at(shape, i);
+        prefetch_row(static_cast<const E*>(p.q) + row.offset(p.q_stride) + head * p.q_stride.head, dims);
+        prefetch_row(static_cast<const E*>(p.k) + row.offset(p.k_stride) + head * p.k_stride.head, dims);
+        prefetch_row(static_cast<const E*>(p.v) + row.offset(p.v_stride) + value_head * p.v_stride.head, columns);
       }
       E copy[kChunk * w];
-      const Tile<E> v_tile = whole_tile(v + token * p.v_stride.token + j, p.v_stride.token, tokens, lanes, w, copy);
-      const OutputTile<E> o_tile{static_cast<E*>(p.o) + row * columns + j, value_heads * columns, tokens, lanes};
+      const Tile<E> v_tile = whole_tile(v_rows.columns_from(j), tokens, lanes, w, copy);
+      const OutputTile<E> o_tile{static_cast<E*>(p.o) + value_head * columns + j, value_heads * columns, rows, tokens,
+                                 lanes};
       fwd_tile<Op>(key, value, scratch.panel(tile, padded), padded, v_tile, o_tile);
     }
   }

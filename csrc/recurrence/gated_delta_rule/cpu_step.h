@@ -223,22 +223,21 @@ void step(const GatedDeltaRuleStepParams& p, const RecurrenceSequence& sequence,
   const int64_t offset = (slot * value_heads + value_head) * dims * columns;
   const T* in = p.initial_state ? static_cast<const T*>(p.initial_state) + offset : nullptr;
   T* out = p.final_state ? static_cast<T*>(p.final_state) + offset : nullptr;
-  const E* q = static_cast<const E*>(p.q) + sequence.batch * p.q_stride.batch + head * p.q_stride.head;
-  const E* k = static_cast<const E*>(p.k) + sequence.batch * p.k_stride.batch + head * p.k_stride.head;
-  const E* v = static_cast<const E*>(p.v) + sequence.batch * p.v_stride.batch + value_head * p.v_stride.head;
+  const E* q = static_cast<const E*>(p.q) + head * p.q_stride.head;
+  const E* k = static_cast<const E*>(p.k) + head * p.k_stride.head;
+  const E* v = static_cast<const E*>(p.v) + value_head * p.v_stride.head;
   Arena arena(buffer);
   StepScratch<T> scratch(shape, arena);
   StepToken<T>& token = scratch.token;
-  const auto load_token = [&](int64_t t) {
-    const int64_t at = sequence.begin + t;
-    load_step_token<T>(token, p, q + at * p.q_stride.token, k + at * p.k_stride.token,
-                       sequence.row(shape, t) * value_heads + value_head, value_head);
+  const auto load_token = [&](const TokenRow& row) {
+    load_step_token<T>(token, p, q + row.offset(p.q_stride), k + row.offset(p.k_stride),
+                       row.row * value_heads + value_head, value_head);
   };
 
   if (sequence.length == 1 && in) {
-    load_token(0);
-    step_one<T>(p, token, in, out, v + sequence.begin * p.v_stride.token,
-                static_cast<E*>(p.o) + (sequence.row(shape, 0) * value_heads + value_head) * columns);
+    load_token(sequence.first);
+    step_one<T>(p, token, in, out, v + sequence.first.offset(p.v_stride),
+                static_cast<E*>(p.o) + (sequence.first.row * value_heads + value_head) * columns);
     return;
   }
   if (sequence.length == 0 && in == out) return;
@@ -253,9 +252,10 @@ void step(const GatedDeltaRuleStepParams& p, const RecurrenceSequence& sequence,
       }
     }
     for (int64_t t = 0; t < sequence.length; ++t) {
-      load_token(t);
-      const E* v_row = v + (sequence.begin + t) * p.v_stride.token + j;
-      E* o_row = static_cast<E*>(p.o) + (sequence.row(shape, t) * value_heads + value_head) * columns + j;
+      const TokenRow row = sequence.at(shape, t);
+      load_token(row);
+      const E* v_row = v + row.offset(p.v_stride) + j;
+      E* o_row = static_cast<E*>(p.o) + (row.row * value_heads + value_head) * columns + j;
       E partial[panel_width] = {};
       for (int64_t i = 0; lanes < panel_width && i < lanes; ++i) partial[i] = v_row[i];
       const E* v_whole = lanes == panel_width ? v_row : partial;

@@ -89,13 +89,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bwd(
   params.g = data_or_null(g), params.beta = beta.const_data_ptr();
   params.cu_seqlens = static_cast<const int32_t*>(data_or_null(cu_seqlens));
   params.rows = static_cast<const int32_t*>(data_or_null(rows));
+  params.initial_state = data_or_null(initial_state);
   params.saved_states = saved_states.const_data_ptr(), params.d_o = d_o.const_data_ptr();
   params.d_final_state = data_or_null(d_final_state);
   params.dq = dq.mutable_data_ptr(), params.dk = dk.mutable_data_ptr(), params.dv = dv.mutable_data_ptr();
   params.dg = data_or_null(dg), params.dbeta = dbeta.mutable_data_ptr(), params.d_initial_state = data_or_null(dh0);
   allocations.input(g, "g"), allocations.input(beta, "beta"), allocations.input(cu_seqlens, "cu_seqlens");
   allocations.input(rows, "rows");
-  allocations.input(saved_states, "saved_states"), allocations.input(d_o, "d_o");
+  allocations.input(initial_state, "initial_state"), allocations.input(saved_states, "saved_states"),
+      allocations.input(d_o, "d_o");
   allocations.input(d_final_state, "d_final_state"), allocations.output(dq, "dq"), allocations.output(dk, "dk");
   allocations.output(dv, "dv"), allocations.output(dg, "dg"), allocations.output(dbeta, "dbeta");
   allocations.output(dh0, "d_initial_state");

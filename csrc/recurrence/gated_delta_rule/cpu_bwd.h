@@ -348,13 +348,22 @@ void bwd(const GatedDeltaRuleBwdParams& p, const RecurrenceSequence& sequence, i
     for (int64_t r = 0; r < group; ++r) {
       const int64_t value_head = head * group + r;
 
+      // A sequence begins with the state itself: what rounding took away would last as long as nothing decays.
+      const bool initial = interval == 0 && p.initial_state;
+      const T* initial_state =
+          static_cast<const T*>(p.initial_state) + (sequence.index * value_heads + value_head) * dims * columns;
       const int64_t slot = sequence.first_slot() + interval;
       const Saved* saved =
           static_cast<const Saved*>(p.saved_states) + (slot * value_heads + value_head) * dims * columns;
       for (int64_t tile = 0; tile < tiles; ++tile) {
-        const int64_t lanes = max(0, min(w, columns - tile * w));
-        load_panel(Panel<Op>::of(scratch.state, scratch.state_packed, tile, padded),
-                   lanes > 0 ? saved + tile * w : nullptr, dims, columns, lanes, false);
+        const int64_t j = tile * w, lanes = max(0, min(w, columns - j));
+        const Panel<Op> panel = Panel<Op>::of(scratch.state, scratch.state_packed, tile, padded);
+        if (initial && lanes > 0) {
+          load_panel(panel, initial_state + column_offset(j, dims, p.state_v_first), dims, columns, lanes,
+                     p.state_v_first);
+        } else {
+          load_panel(panel, lanes > 0 ? saved + j : nullptr, dims, columns, lanes, false);
+        }
       }
 
       for (int64_t c = 0; c < chunks; ++c) {

@@ -7,7 +7,28 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-class RMSNorm(nn.Module):
+class _Norm(nn.Module):
+    """The weight of a root-mean-square normalisation over the last dimension."""
+
+    def __init__(self, hidden_size: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.hidden_size = hidden_size
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+
+    def extra_repr(self) -> str:
+        return f"{self.hidden_size}, eps={self.eps}"
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """`x / sqrt(mean(x^2) + eps) * weight`, in at least fp32."""
+        compute_dtype = torch.promote_types(x.dtype, torch.float32)
+        return F.rms_norm(x.to(compute_dtype), (self.hidden_size,), self.weight.to(compute_dtype), self.eps)
+
+
+class RMSNorm(_Norm):
     """`y = x / sqrt(mean(x^2) + eps) * weight` over the last dimension, computed in fp32 (fp64 for fp64 inputs).
 
     Source: Zhang, Sennrich, "Root Mean Square Layer Normalization" (NeurIPS 2019).
@@ -17,26 +38,12 @@ class RMSNorm(nn.Module):
         eps: added to the mean square.
     """
 
-    def __init__(self, hidden_size: int, eps: float = 1e-5) -> None:
-        super().__init__()
-        self.hidden_size = hidden_size
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(hidden_size))
-
-    def reset_parameters(self) -> None:
-        nn.init.ones_(self.weight)
-
-    def extra_repr(self) -> str:
-        return f"{self.hidden_size}, eps={self.eps}"
-
     def forward(self, x: Tensor) -> Tensor:
         """Normalise `x` `[..., D]`; the result has its shape and dtype."""
-        compute_dtype = torch.promote_types(x.dtype, torch.float32)
-        y = F.rms_norm(x.to(compute_dtype), (self.hidden_size,), self.weight.to(compute_dtype), self.eps)
-        return y.to(x.dtype)
+        return self.normalize(x).to(x.dtype)
 
 
-class GatedRMSNorm(nn.Module):
+class GatedRMSNorm(_Norm):
     """`y = rms_norm(x) * weight * silu(gate)` over the last dimension, computed in fp32 (fp64 for fp64 inputs).
 
     The gate acts after the normalisation, as in the output of Gated DeltaNet (Yang, Kautz, Hatamizadeh, ICLR 2025).
@@ -46,20 +53,7 @@ class GatedRMSNorm(nn.Module):
         eps: added to the mean square.
     """
 
-    def __init__(self, hidden_size: int, eps: float = 1e-5) -> None:
-        super().__init__()
-        self.hidden_size = hidden_size
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(hidden_size))
-
-    def reset_parameters(self) -> None:
-        nn.init.ones_(self.weight)
-
-    def extra_repr(self) -> str:
-        return f"{self.hidden_size}, eps={self.eps}"
-
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
         """Normalise `x` `[..., D]` and gate it with `gate` `[..., D]`; the result has the shape and dtype of `x`."""
-        compute_dtype = torch.promote_types(x.dtype, torch.float32)
-        y = F.rms_norm(x.to(compute_dtype), (self.hidden_size,), self.weight.to(compute_dtype), self.eps)
-        return (y * F.silu(gate.to(compute_dtype))).to(x.dtype)
+        y = self.normalize(x)
+        return (y * F.silu(gate.to(y.dtype))).to(x.dtype)

@@ -217,48 +217,22 @@ def backward():
             w,
             s,
         )
+    sizes = {"H": H, "HV": HV, "K": K, "V": V, "BT": BT, "BK": 128, "BV": 128, "USE_G": True, "IS_VARLEN": True}
     for w, s in itertools.product([2, 4], [2, 3, 4]):
         yield (
             "dqkwg",
             chunk_bwd_kernel_dqkwg,
             dict(q=bf, k=bf, v=bf, g=f32, h=bf, do=bf, dh=bf, dq=bf, dk=bf, dw=bf, dv=bf, dg=f32, scale="fp32", **idx),
-            {
-                "B": 1,
-                "H": H,
-                "HV": HV,
-                "K": K,
-                "V": V,
-                "BT": BT,
-                "BK": 128,
-                "BV": 128,
-                "USE_G": True,
-                "USE_G_GAMMA": False,
-                "USE_DW": True,
-                "STATE_V_FIRST": False,
-                "IS_VARLEN": True,
-            },
+            {**sizes, "B": 1, "USE_G_GAMMA": False, "USE_DW": True, "STATE_V_FIRST": False},
             {},
             w,
             s,
         )
-    for w, s in itertools.product([2, 4], [2, 3, 4]):
         yield (
             "dvl",
             chunk_bwd_kernel_dv_local,
             dict(q=bf, k=bf, g=f32, do=bf, dv=bf, scale="fp32", **idx),
-            {
-                "H": H,
-                "HV": HV,
-                "K": K,
-                "V": V,
-                "BT": BT,
-                "BK": 128,
-                "BV": 128,
-                "USE_G": True,
-                "USE_G_GAMMA": False,
-                "USE_A": False,
-                "IS_VARLEN": True,
-            },
+            {**sizes, "USE_G_GAMMA": False, "USE_A": False},
             {},
             w,
             s,

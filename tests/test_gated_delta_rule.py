@@ -104,28 +104,16 @@ def chunk(g=None, **arguments):
     return ops.chunk_delta_rule(**arguments) if g is None else ops.chunk_gated_delta_rule(g=g, **arguments)
 
 
-# Where the bounds of relative RMS error are missed, and by how much.
-INACCURATE = {
-    # Y and its operand are rounded to bfloat16: 0.0042 to 0.0050 in o or the final state, 0.004 is allowed.
-    "cuda": {"beta two-bfloat16", "keys correlated-bfloat16", "keys identical-bfloat16"},
-    "cpu": set(),
-}
+def over(cases):
+    return pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in cases.items()])
 
 
-def over(cases, inaccurate=frozenset()):
-    xfail = pytest.mark.xfail(reason="relative RMS error above the bound, see INACCURATE", strict=True)
-    return pytest.mark.parametrize(
-        "case",
-        [pytest.param(case, id=name, marks=xfail if name in inaccurate else ()) for name, case in cases.items()],
-    )
-
-
-@over(WHOLE, INACCURATE["cuda" if SIM else "cpu"])
+@over(WHOLE)
 def test_chunk(case):
     check(chunk, case)
 
 
-@over(TOKENWISE, frozenset() if SIM else INACCURATE["cpu"])
+@over(TOKENWISE)
 def test_fused_recurrent(case):
     check(ops.fused_recurrent_gated_delta_rule, case)
 

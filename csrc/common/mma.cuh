@@ -137,6 +137,9 @@ __device__ __forceinline__ void mma_tf32(FragC& c, const FragA<float>& a, const 
 /// The leading 11 bits of x as tf32; x - tf32_head(x) is exact.
 __device__ __forceinline__ float tf32_head(float x) { return __uint_as_float(__float_as_uint(x) & 0xffffe000u); }
 
+/// x in 32 bits that the tensor core truncates to the tf32 number nearest to x. Finite x only: a NaN may become zero.
+__device__ __forceinline__ float tf32_nearest(float x) { return __uint_as_float(__float_as_uint(x) + 0x1000u); }
+
 __device__ __forceinline__ void mma(FragC& c, const FragA<float>& a, const FragB<float>& b) {
   FragA<float> a_head, a_tail;
   FragB<float> b_head, b_tail;

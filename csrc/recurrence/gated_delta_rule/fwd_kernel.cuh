@@ -1,6 +1,6 @@
 // Forward pass: the state stays on chip and walks the chunks of a sequence (R form with the Y-form inverse).
 //
-//   P = S^T k_in K^T          r = V^T - P - (beta (V^T - P)) Y^T        U = beta r
+//   P = S^T k_in K^T          r = V^T - P - (V^T - P) (Y diag(beta))^T        U = beta r
 //   O^T = S^T (q_in Q)^T + U A^T         S^T = e^{G_C} S^T + (k_out U) K          (prepare.cuh names the coefficients)
 //
 //   q, k [B, T, H, K]   v, o [B, T, HV, V]   g, beta [B, T, HV]   states [N, HV, K, V]
@@ -11,7 +11,7 @@
 //   [16 columns of V, x] [x, y] with the left operand made of accumulators in registers and the right one read from K,
 //   Q, A or Y in shared memory, so the warps never wait for each other inside a chunk.
 // Warps 4, 5 (pair): coefficients, A and L of a chunk.
-// Warps 6, 7 (inverse): copy K, Q, g, beta with cp.async; -Y from L.
+// Warps 6, 7 (inverse): copy K, Q, g, beta with cp.async; -Y diag(beta) from L.
 // The roles form a pipeline over chunks, handed over by named barriers: a ring of stages, two copies of L. Every role
 // is bound by the latency of its own instructions, so short roles side by side beat one long role of more warps.
 //
@@ -20,10 +20,13 @@
 // from its exact state.
 //
 // Causal to the bit: products of one 16x16 block on the diagonal contain later tokens times zero. A warp that meets a
-// non-finite operand there clears it and then marks the outputs it should have reached (apply_causal).
+// non-finite operand there clears it and then marks the outputs it should have reached (apply_causal, apply_strict).
 //
 // Shared memory: traits.h. Runs on sm_80 and later. Figures: README.md.
 #pragma once
+#include <climits>
+#include <type_traits>
+
 #include "common/copy.cuh"
 #include "recurrence/gated_delta_rule/params.h"
 #include "recurrence/gated_delta_rule/prepare.cuh"
@@ -48,6 +51,10 @@ enum FwdBarrier : int {
 };
 constexpr int kFwdStageThreads = 32 * (kFwdInverseWarps + kFwdStateWarps);
 constexpr int kFwdScratchThreads = 32 * (kFwdPairWarps + kFwdInverseWarps);
+
+/// What -Y diag(beta) is stored as.
+template <typename T>
+using FwdInverse = std::conditional_t<sizeof(T) == 4, float, __half>;
 
 /// The tokens and columns of one CTA.
 struct FwdWork {
@@ -240,8 +247,40 @@ __device__ __forceinline__ bool is_finite(const FragA<T> (&x)[kBlocks]) {
   }
 }
 
-/// acc[16, tokens] += x[16, tokens] tile^T for a lower triangular CausalTile. kIsStrict: the diagonal is zero.
-template <typename T, int BLOCK_T, bool kIsStrict>
+/// Clears what is not below `limit` of 16 tokens' operand. first_bad: the first such token of each of a lane's two
+/// rows.
+template <typename T>
+__device__ __forceinline__ void clear_from(FragA<T>& x, float limit, int (&first_bad)[2]) {
+  first_bad[0] = first_bad[1] = INT_MAX / 2;
+#pragma unroll
+  for (int pair = 3; pair >= 0; --pair) {
+    float2 value = pair_of(x, pair);
+    const int token = threadIdx.x % 4 * 2 + pair / 2 * 8;
+    if (!(fabsf(value.y) < limit)) {
+      first_bad[pair % 2] = token + 1;
+      value.y = 0.f;
+    }
+    if (!(fabsf(value.x) < limit)) {
+      first_bad[pair % 2] = token;
+      value.x = 0.f;
+    }
+    set_pair(x, pair, value);
+  }
+  first_bad[0] = warp_min<4>(first_bad[0]);
+  first_bad[1] = warp_min<4>(first_bad[1]);
+}
+
+/// NaN from token `first` of each row on; the accumulators hold tokens token0 to token0 + 7.
+__device__ __forceinline__ void mark_from(FragC& acc, int token0, int first_0, int first_1) {
+#pragma unroll
+  for (int r = 0; r < 4; ++r) {
+    const int token = token0 + threadIdx.x % 4 * 2 + r % 2;
+    if (token >= (r / 2 ? first_1 : first_0)) acc.r[r] = __int_as_float(0x7fffffff);
+  }
+}
+
+/// acc[16, tokens] += x[16, tokens] tile^T for a lower triangular CausalTile.
+template <typename T, int BLOCK_T>
 __device__ __forceinline__ void apply_causal(FragC (&acc)[BLOCK_T / 8], const FragA<T> (&x)[BLOCK_T / 16],
                                              uint32_t tile) {
   constexpr int NUM_BLOCKS = BLOCK_T / 16;
@@ -266,36 +305,78 @@ __device__ __forceinline__ void apply_causal(FragC (&acc)[BLOCK_T / 8], const Fr
     }
     return;
   }
-  const int col = threadIdx.x % 4 * 2;
 #pragma unroll
   for (int i = 0; i < NUM_BLOCKS; ++i) {
     FragA<T> finite = x[i];
-    int first_bad[2] = {16, 16};
-#pragma unroll
-    for (int pair = 3; pair >= 0; --pair) {
-      float2 value = pair_of(finite, pair);
-      const int token = col + pair / 2 * 8;
-      if (!isfinite(value.y)) {
-        first_bad[pair % 2] = token + 1;
-        value.y = 0.f;
-      }
-      if (!isfinite(value.x)) {
-        first_bad[pair % 2] = token;
-        value.x = 0.f;
-      }
-      set_pair(finite, pair, value);
-    }
-    first_bad[0] = warp_min<4>(first_bad[0]);
-    first_bad[1] = warp_min<4>(first_bad[1]);
+    int first_bad[2];
+    clear_from(finite, INFINITY, first_bad);
     FragB<T> b[2];
     SmemBlock<T>::load_b(b, tile + CausalTile<T, BLOCK_T>::block(i, i));
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       mma(acc[2 * i + half], finite, b[half]);
+      mark_from(acc[2 * i + half], half * 8, first_bad[0], first_bad[1]);
+    }
+  }
+}
+
+/// r[16, tokens] += r tile^T for a strictly lower triangular CausalTile of float, or of half that is multiplied as
+/// tf32: the 11 bits of half with the range of float for r. Blocks of tokens go from last to first, so what a block
+/// adds to is no longer needed.
+template <typename TY, int BLOCK_T>
+__device__ __forceinline__ void apply_strict(FragC (&r)[BLOCK_T / 8], uint32_t tile) {
+  constexpr int NUM_BLOCKS = BLOCK_T / 16;
+  constexpr bool kIsFloat = sizeof(TY) == 4;
+  const float limit = kIsFloat ? INFINITY : 0x1p127f;  // rounding to tf32 may not overflow
+  float sum[2] = {};
 #pragma unroll
-      for (int r = 0; r < 4; ++r) {
-        const int token = half * 8 + col + r % 2;
-        if (token >= first_bad[r / 2] + (kIsStrict ? 1 : 0)) acc[2 * i + half].r[r] = __int_as_float(0x7fffffff);
+  for (int i = 0; i < BLOCK_T / 8; ++i) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) sum[j % 2] = fmaf(fabsf(r[i].r[j]), 0x1p-6f, sum[j % 2]);
+  }
+  const bool all_finite = __all_sync(kFullWarp, sum[0] + sum[1] < limit * 0x1p-6f);
+  const auto multiply = [&](int i, int j, const FragA<float>& x) {
+    const uint32_t block = tile + CausalTile<TY, BLOCK_T>::block(i, j);
+    FragB<TY> b[2];
+    SmemBlock<TY>::load_b(b, block);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if constexpr (kIsFloat) {
+        mma(r[2 * i + half], x, b[half]);
+      } else {
+        const float2 lo = unpack<TY>(b[half].r[0]), hi = unpack<TY>(b[half].r[1]);
+        mma_tf32(r[2 * i + half], x, {{lo.x, lo.y, hi.x, hi.y}});
+      }
+    }
+  };
+  const auto round = [](FragA<float>& x) {
+    if constexpr (!kIsFloat) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) x.r[i] = tf32_nearest(x.r[i]);
+    }
+  };
+  if (all_finite) {
+#pragma unroll
+    for (int j = NUM_BLOCKS - 1; j >= 0; --j) {
+      FragA<float> x = make_a<float>(r[2 * j], r[2 * j + 1]);
+      round(x);
+#pragma unroll
+      for (int i = NUM_BLOCKS - 1; i >= j; --i) multiply(i, j, x);
+    }
+    return;
+  }
+#pragma unroll
+  for (int j = NUM_BLOCKS - 1; j >= 0; --j) {
+    FragA<float> x = make_a<float>(r[2 * j], r[2 * j + 1]);
+    int first_bad[2];
+    clear_from(x, limit, first_bad);
+    round(x);
+#pragma unroll
+    for (int i = NUM_BLOCKS - 1; i >= j; --i) {
+      multiply(i, j, x);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        mark_from(r[2 * i + half], (i - j) * 16 + half * 8, first_bad[0] + 1, first_bad[1] + 1);
       }
     }
   }
@@ -435,16 +516,6 @@ __device__ __forceinline__ void state_subroutine(const FwdKernelParams& params, 
     const auto column_pair = [&](const float* values, int i) {
       return *reinterpret_cast<const float2*>(values + i * 8 + lane_col);
     };
-    const auto scaled_operand = [&](const FragC(&x)[BLOCK_T / 8], const float* scale, int block) {
-      FragC y[2];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float2 c = column_pair(scale, 2 * block + half);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) y[half].r[i] = x[2 * block + half].r[i] * (i % 2 ? c.y : c.x);
-      }
-      return make_a<T>(y[0], y[1]);
-    };
 #pragma unroll
     for (int i = 0; i < BLOCK_T / 8; ++i) {
       const FragC value = v.get(i);
@@ -456,10 +527,7 @@ __device__ __forceinline__ void state_subroutine(const FwdKernelParams& params, 
     if constexpr (kIsAligned) {
       v.load(gmem_v, op.v_stride.token, is_transition ? 0 : remaining - BLOCK_T, v_cols);
     }
-    FragA<T> x[NUM_BLOCKS];
-#pragma unroll
-    for (int j = 0; j < NUM_BLOCKS; ++j) x[j] = scaled_operand(r, coef.beta, j);
-    apply_causal<T, BLOCK_T, true>(r, x, tile_y);
+    apply_strict<FwdInverse<T>, BLOCK_T>(r, tile_y);
 
     // U, state, outputs
 #pragma unroll
@@ -478,10 +546,11 @@ __device__ __forceinline__ void state_subroutine(const FwdKernelParams& params, 
 #pragma unroll
       for (int j = 0; j < 4; ++j) s[i].r[j] *= decay;
     }
+    FragA<T> x[NUM_BLOCKS];
     if constexpr (!kIsSummary) {
 #pragma unroll
       for (int j = 0; j < NUM_BLOCKS; ++j) x[j] = make_a<T>(r[2 * j], r[2 * j + 1]);
-      apply_causal<T, BLOCK_T, false>(o, x, tile_a);
+      apply_causal<T, BLOCK_T>(o, x, tile_a);
     }
     // The rounding error of a token's bfloat16 operand is handed to the next one of the same lane: where keys are
     // alike, the errors of a chunk cancel in the state instead of adding up.
@@ -540,6 +609,7 @@ __device__ __forceinline__ ChunkTiles<BLOCK_T> chunk_tiles(const FwdKernelParams
   constexpr FwdTile kTile{sizeof(T), HEAD_DIM};
   static_assert(sizeof(ChunkCoefficients<BLOCK_T>) == kTile.coefficients_size());
   static_assert(CausalTile<T, BLOCK_T>::SIZE == kTile.causal_tile_size());
+  static_assert(CausalTile<FwdInverse<T>, BLOCK_T>::SIZE == kTile.causal_tile_size());
   ChunkTiles<BLOCK_T> tiles;
   tiles.scratch = smem + scratch_idx * kTile.scratch_size();
   tiles.k = smem + params.num_scratches * kTile.scratch_size() + stage_idx * kTile.stage_size();
@@ -639,7 +709,7 @@ __device__ __forceinline__ void inverse_subroutine(const FwdKernelParams& params
   for (int chunk_idx = 0; chunk_idx < num_chunks; ++chunk_idx) {
     if (is_deep) release_chunk(chunk_idx + 1);
     named_barrier_sync(kFwdPaired + chunk_idx % 2, kFwdScratchThreads);
-    prepare_inverse<T, BLOCK_T, kFwdInverseWarps>(
+    prepare_inverse<FwdInverse<T>, BLOCK_T, kFwdInverseWarps, true>(
         chunk_tiles<T, HEAD_DIM, BLOCK_T>(params, smem, smem_ptr, stage_idx, scratch_idx), warp_idx, kFwdInverse);
     named_barrier_arrive(kFwdFull + stage_idx, kFwdStageThreads);
 

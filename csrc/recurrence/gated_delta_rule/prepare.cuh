@@ -5,7 +5,7 @@
 //   A_ij   = scale rq_i rk_j (q_i . k_j) e^{G_i - G_j}     i >= j, else 0
 //   Y      : (I + L diag(beta)) Y0 = L with L_ij = rk_i rk_j (k_i . k_j), i > j;  Y_ij = Y0_ij e^{G_i - G_j}
 //
-// A and -Y are stored as 16x16 blocks on and below the diagonal (CausalTile), in the element type. |Y| <= 1 for unit
+// A and -Y (or -Y diag(beta)) are stored as 16x16 blocks on and below the diagonal (CausalTile). |Y| <= 1 for unit
 // keys and 0 <= beta <= 2, and the gate is applied to the solved Y0: the inverse never sees it.
 //
 // Inverse: diagonal blocks by forward substitution in fp32, one lane a column; below them, column of blocks j by
@@ -69,13 +69,12 @@ __device__ __forceinline__ void mma_merge(FragC& c, const FragA<float>& a, const
     mma(c, a, b);
   } else {
     // The tensor core truncates, and the errors of a chunk of alike keys would add up: round to nearest instead.
-    const auto rounded = [](float x) { return __uint_as_float(__float_as_uint(x) + 0x1000u); };
     FragA<float> a_rounded;
     FragB<float> b_rounded;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) a_rounded.r[i] = rounded(a.r[i]);
+    for (int i = 0; i < 8; ++i) a_rounded.r[i] = tf32_nearest(a.r[i]);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) b_rounded.r[i] = rounded(b.r[i]);
+    for (int i = 0; i < 4; ++i) b_rounded.r[i] = tf32_nearest(b.r[i]);
     mma_tf32(c, a_rounded, b_rounded);
   }
 }
@@ -183,7 +182,7 @@ __device__ __forceinline__ void compute_pair_row(const ChunkTiles<BLOCK_T>& tile
 }
 
 /// Diagonal blocks `first` and `first` + 1 of Y0 over L in scratch, and of -Y: a half warp each.
-template <typename T, int BLOCK_T>
+template <typename T, int BLOCK_T, bool kTimesBeta>
 __device__ __forceinline__ void solve_diagonals(const ChunkTiles<BLOCK_T>& tiles, int first) {
   const ChunkCoefficients<BLOCK_T>& coef = *tiles.coef;
   const int lane_idx = threadIdx.x % 32;
@@ -208,16 +207,17 @@ __device__ __forceinline__ void solve_diagonals(const ChunkTiles<BLOCK_T>& tiles
   __syncwarp();
   const uint32_t out = tiles.y + block_idx * SmemBlock<T>::SIZE;
   const float col_cumsum = coef.cumsum[j * 16 + col];
+  const float factor = kTimesBeta ? -coef.beta[j * 16 + col] : -1.f;
 #pragma unroll
   for (int i = 0; i < 16; ++i) {
     store_shared(block + SmemBlock<float>::offset(i, col), y[i]);
     const float decay = exp2_approx(i > col ? coef.cumsum[j * 16 + i] - col_cumsum : 0.f);
-    store_shared(out + SmemBlock<T>::offset(i, col), static_cast<T>(i > col ? -y[i] * decay : 0.f));
+    store_shared(out + SmemBlock<T>::offset(i, col), static_cast<T>(i > col ? y[i] * decay * factor : 0.f));
   }
 }
 
 /// Blocks of -Y below the diagonal in column of blocks kCol.
-template <typename T, int BLOCK_T, int kCol>
+template <typename T, int BLOCK_T, bool kTimesBeta, int kCol>
 __device__ __forceinline__ void solve_column(const ChunkTiles<BLOCK_T>& tiles) {
   constexpr int NUM_BLOCKS = BLOCK_T / 16;
   using Scratch = CausalTile<float, BLOCK_T>;
@@ -241,7 +241,12 @@ __device__ __forceinline__ void solve_column(const ChunkTiles<BLOCK_T>& tiles) {
   FragC y[2];
   Block::load_c_trans(y, tiles.scratch + Scratch::block(kCol, kCol));
   y_beta[kCol] = scale_columns(y, kCol);
-  const float col_cumsum[2] = {coef.cumsum[kCol * 16 + row], coef.cumsum[kCol * 16 + row + 8]};
+  float col_cumsum[2], factor[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    col_cumsum[i] = coef.cumsum[kCol * 16 + i * 8 + row];
+    factor[i] = kTimesBeta ? -coef.beta[kCol * 16 + i * 8 + row] : -1.f;
+  }
 #pragma unroll
   for (int i = kCol + 1; i < NUM_BLOCKS; ++i) {
     FragC x[2];
@@ -266,7 +271,7 @@ __device__ __forceinline__ void solve_column(const ChunkTiles<BLOCK_T>& tiles) {
       const float2 row_cumsum = *reinterpret_cast<const float2*>(&coef.cumsum[i * 16 + half * 8 + col]);
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
-        x[half].r[r] *= -exp2_approx((r % 2 ? row_cumsum.y : row_cumsum.x) - col_cumsum[r / 2]);
+        x[half].r[r] *= exp2_approx((r % 2 ? row_cumsum.y : row_cumsum.x) - col_cumsum[r / 2]) * factor[r / 2];
       }
     }
     SmemBlock<T>::store_c_trans(tiles.y + CausalTile<T, BLOCK_T>::block(i, kCol), x);
@@ -324,21 +329,21 @@ __device__ __forceinline__ void prepare_pairs(const ChunkTiles<BLOCK_T>& tiles, 
   }
 }
 
-template <typename T, int BLOCK_T, int kNumWarps, int kCol = 0>
+template <typename T, int BLOCK_T, int kNumWarps, bool kTimesBeta, int kCol = 0>
 __device__ __forceinline__ void solve_columns(const ChunkTiles<BLOCK_T>& tiles, int warp_idx) {
   if constexpr (kCol + 1 < BLOCK_T / 16) {
-    if (warp_idx == column_owner(kCol, kNumWarps)) solve_column<T, BLOCK_T, kCol>(tiles);
-    solve_columns<T, BLOCK_T, kNumWarps, kCol + 1>(tiles, warp_idx);
+    if (warp_idx == column_owner(kCol, kNumWarps)) solve_column<T, BLOCK_T, kTimesBeta, kCol>(tiles);
+    solve_columns<T, BLOCK_T, kNumWarps, kTimesBeta, kCol + 1>(tiles, warp_idx);
   }
 }
 
-/// -Y, stored as TY, from L.
-template <typename TY, int BLOCK_T, int kNumWarps>
+/// -Y or -Y diag(beta), stored as TY, from L.
+template <typename TY, int BLOCK_T, int kNumWarps, bool kTimesBeta = false>
 __device__ __forceinline__ void prepare_inverse(const ChunkTiles<BLOCK_T>& tiles, int warp_idx, int barrier_id) {
 #pragma unroll 1
-  for (int j = 2 * warp_idx; j < BLOCK_T / 16; j += 2 * kNumWarps) solve_diagonals<TY, BLOCK_T>(tiles, j);
+  for (int j = 2 * warp_idx; j < BLOCK_T / 16; j += 2 * kNumWarps) solve_diagonals<TY, BLOCK_T, kTimesBeta>(tiles, j);
   role_barrier<kNumWarps>(barrier_id);
-  solve_columns<TY, BLOCK_T, kNumWarps>(tiles, warp_idx);
+  solve_columns<TY, BLOCK_T, kNumWarps, kTimesBeta>(tiles, warp_idx);
 }
 
 /// Everything above for one chunk, by kNumWarps warps that share barrier `barrier_id`. K, Q, g and beta must be visible

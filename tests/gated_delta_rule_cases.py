@@ -88,6 +88,8 @@ def gates(case: Case, generator: torch.Generator) -> torch.Tensor | None:
         return torch.full(shape, -20.0)
     if case.gate == "reset":
         return torch.where(noise > 1, -torch.inf, F.logsigmoid(noise + 4))
+    if case.gate == "many resets":
+        return torch.where(noise > 0, -torch.inf, F.logsigmoid(noise + 4))
     if case.gate == "-inf":
         return torch.full(shape, -torch.inf)
     assert case.gate == "mixed", case.gate

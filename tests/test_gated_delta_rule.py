@@ -61,7 +61,10 @@ PACKED = {
     "past a saved state": varlen(20, 150, 3, state=1.0),
 }
 REGIMES = {
-    **{f"gate {gate}": Case(gate=gate, state=1.0) for gate in ("none", "zero", "model", "strong", "reset", "-inf")},
+    **{
+        f"gate {gate}": Case(gate=gate, state=1.0)
+        for gate in ("none", "zero", "model", "strong", "reset", "many resets", "-inf")
+    },
     "gate mixed": Case(gate="mixed", HV=4, state=1.0),
     **{f"beta {beta}": Case(beta=beta, state=1.0) for beta in ("zero", "tiny", "one", "two", "mixed")},
     **{f"keys {kind}": Case(keys=kind, state=1.0) for kind in ("correlated", "identical")},
@@ -85,7 +88,7 @@ LARGE = {
 CASES = {**SHAPES, **LAYOUTS, **PACKED, **REGIMES}
 # In the simulator every case runs in bfloat16, and these in float32 and float16 too.
 CORE = ("base", "T=1", "T=129", "K=40", "V=100", "K=V=128", "v_first", "padded", "packed", "ragged", "gate model",
-        "gate strong", "beta mixed", "keys correlated", "l2norm")  # fmt: skip
+        "gate strong", "gate many resets", "beta mixed", "keys correlated", "l2norm")  # fmt: skip
 if SIM:
     WHOLE = {
         name: case

@@ -556,7 +556,7 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int row = place.token(i);
-        const float row_cumsum = coef.cumsum[row];
+        const auto row_decay = coef.decay_at(row);
         const float weight_a = scale * coef.rstd_q[row], weight_l = -coef.rstd_k[row];
         float carry = 0.f;
 #pragma unroll
@@ -566,7 +566,7 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
             const int distance = row - col - e;
-            const float decay = exp2_approx(fminf(row_cumsum - coef.cumsum[col + e], 0.f)) * coef.rstd_k[col + e];
+            const float decay = exp2_approx(fminf(row_decay - coef.decay_at(col + e), 0.f)) * coef.rstd_k[col + e];
             float &x = da[n].r[2 * i + e], &y = dl[n].r[2 * i + e];
             x = distance >= 0 ? x * (weight_a * decay) : 0.f;
             y = distance > 0 ? y * (weight_l * decay) : 0.f;

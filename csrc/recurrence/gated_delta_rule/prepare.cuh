@@ -27,11 +27,24 @@ constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kMinLogDecay = -88.f;
 constexpr float kNormEpsilon = 1e-6f;
 
+/// A cumulative log decay. With kHasRest the sum and its rounding error: after resets of -88 in a chunk, differences of
+/// single fp32 numbers would lose the digits that follow.
+template <bool kHasRest>
+struct LogDecay {
+  float sum, rest;
+  __device__ __forceinline__ float operator-(const LogDecay& other) const {
+    if constexpr (kHasRest) return (sum - other.sum) + (rest - other.rest);
+    return sum - other.sum;
+  }
+};
+
 /// Per-token numbers of one chunk, in shared memory. `g` (natural log) and `beta` are inputs; tokens past the end of
 /// the sequence have g = beta = 0 and zero rows of K and Q, which makes them no-ops.
 template <int BLOCK_T>
 struct ChunkCoefficients {
-  alignas(128) float g[BLOCK_T];
+  static constexpr bool kHasRest = BLOCK_T == 32;  // the chunks of float
+  using Decay = LogDecay<kHasRest>;
+  alignas(128) float g[BLOCK_T];  // with kHasRest, once G is known: what G is rounded by
   float beta[BLOCK_T];
   float cumsum[BLOCK_T];  // G in units of log 2
   float rstd_k[BLOCK_T];
@@ -39,6 +52,8 @@ struct ChunkCoefficients {
   float k_in[BLOCK_T];   // rk_i e^{G_i}: weights k_i where it meets the state entering the chunk
   float k_out[BLOCK_T];  // rk_i e^{G_C - G_i}: where it meets the state leaving it
   float q_in[BLOCK_T];   // scale rq_i e^{G_i}
+
+  __device__ __forceinline__ Decay decay_at(int i) const { return {cumsum[i], kHasRest ? g[i] : 0.f}; }
 };
 
 /// Blocks (i, j), i >= j, of a lower triangular matrix of BLOCK_T x BLOCK_T, one after another.
@@ -111,7 +126,17 @@ __device__ __forceinline__ void compute_cumsum(ChunkCoefficients<BLOCK_T>& coef)
     coef.cumsum[2 * lane_idx + 1] = before + (first + second);
   } else {
     static_assert(BLOCK_T == 32);
-    coef.cumsum[lane_idx] = warp_inclusive_sum(clamp_log_decay(coef.g[lane_idx]) * kLog2e);
+    float sum = clamp_log_decay(coef.g[lane_idx]) * kLog2e, rest = 0.f;
+#pragma unroll
+    for (int delta = 1; delta < 32; delta *= 2) {
+      const float other = __shfl_up_sync(kFullWarp, sum, delta), other_rest = __shfl_up_sync(kFullWarp, rest, delta);
+      const float total = sum + other, part = total - sum;
+      const bool has_other = lane_idx >= delta;
+      rest += has_other ? other_rest + ((sum - (total - part)) + (other - part)) : 0.f;
+      sum = has_other ? total : sum;
+    }
+    coef.cumsum[lane_idx] = sum;
+    coef.g[lane_idx] = rest;
   }
 }
 
@@ -144,11 +169,12 @@ __device__ __forceinline__ void compute_pair_row(const ChunkTiles<BLOCK_T>& tile
   }
   const ChunkCoefficients<BLOCK_T>& coef = *tiles.coef;
   const int row = threadIdx.x % 32 / 4, col = threadIdx.x % 4 * 2;
-  float row_cumsum[2], row_rk[2], row_rq[2];
+  typename ChunkCoefficients<BLOCK_T>::Decay row_decay[2];
+  float row_rk[2], row_rq[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int token = kRow * 16 + i * 8 + row;
-    row_cumsum[i] = coef.cumsum[token];
+    row_decay[i] = coef.decay_at(token);
     row_rk[i] = coef.rstd_k[token];
     row_rq[i] = coef.rstd_q[token];
   }
@@ -157,11 +183,10 @@ __device__ __forceinline__ void compute_pair_row(const ChunkTiles<BLOCK_T>& tile
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int token = j * 16 + half * 8 + col;
-      const float2 col_cumsum = *reinterpret_cast<const float2*>(&coef.cumsum[token]);
+      const typename ChunkCoefficients<BLOCK_T>::Decay col_decay[2] = {coef.decay_at(token), coef.decay_at(token + 1)};
       const float2 col_rk = *reinterpret_cast<const float2*>(&coef.rstd_k[token]);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float cumsum_j = i % 2 ? col_cumsum.y : col_cumsum.x;
         const float rk_j = i % 2 ? col_rk.y : col_rk.x;
         const int distance = kRow * 16 + i / 2 * 8 + row - (token + i % 2);
         float& l = kk[j][half].r[i];
@@ -169,7 +194,7 @@ __device__ __forceinline__ void compute_pair_row(const ChunkTiles<BLOCK_T>& tile
         if (j == kRow) l = distance > 0 ? l : 0.f;
         if constexpr (kHasQ) {
           float& a = qk[j][half].r[i];
-          const float exponent = row_cumsum[i / 2] - cumsum_j;
+          const float exponent = row_decay[i / 2] - col_decay[i % 2];
           a *= scale * exp2_approx(j == kRow && distance < 0 ? 0.f : exponent);
           if (use_qk_l2norm) a *= row_rq[i / 2] * rk_j;
           if (j == kRow) a = distance >= 0 ? a : 0.f;
@@ -206,12 +231,12 @@ __device__ __forceinline__ void solve_diagonals(const ChunkTiles<BLOCK_T>& tiles
   }
   __syncwarp();
   const uint32_t out = tiles.y + block_idx * SmemBlock<T>::SIZE;
-  const float col_cumsum = coef.cumsum[j * 16 + col];
+  const auto col_decay = coef.decay_at(j * 16 + col);
   const float factor = kTimesBeta ? -coef.beta[j * 16 + col] : -1.f;
 #pragma unroll
   for (int i = 0; i < 16; ++i) {
     store_shared(block + SmemBlock<float>::offset(i, col), y[i]);
-    const float decay = exp2_approx(i > col ? coef.cumsum[j * 16 + i] - col_cumsum : 0.f);
+    const float decay = exp2_approx(i > col ? coef.decay_at(j * 16 + i) - col_decay : 0.f);
     store_shared(out + SmemBlock<T>::offset(i, col), static_cast<T>(i > col ? y[i] * decay * factor : 0.f));
   }
 }
@@ -241,10 +266,11 @@ __device__ __forceinline__ void solve_column(const ChunkTiles<BLOCK_T>& tiles) {
   FragC y[2];
   Block::load_c_trans(y, tiles.scratch + Scratch::block(kCol, kCol));
   y_beta[kCol] = scale_columns(y, kCol);
-  float col_cumsum[2], factor[2];
+  typename ChunkCoefficients<BLOCK_T>::Decay col_decay[2];
+  float factor[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    col_cumsum[i] = coef.cumsum[kCol * 16 + i * 8 + row];
+    col_decay[i] = coef.decay_at(kCol * 16 + i * 8 + row);
     factor[i] = kTimesBeta ? -coef.beta[kCol * 16 + i * 8 + row] : -1.f;
   }
 #pragma unroll
@@ -268,10 +294,11 @@ __device__ __forceinline__ void solve_column(const ChunkTiles<BLOCK_T>& tiles) {
     if (i + 1 < NUM_BLOCKS) y_beta[i] = scale_columns(x, i);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float2 row_cumsum = *reinterpret_cast<const float2*>(&coef.cumsum[i * 16 + half * 8 + col]);
+      const int token = i * 16 + half * 8 + col;
+      const typename ChunkCoefficients<BLOCK_T>::Decay row_decay[2] = {coef.decay_at(token), coef.decay_at(token + 1)};
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
-        x[half].r[r] *= exp2_approx((r % 2 ? row_cumsum.y : row_cumsum.x) - col_cumsum[r / 2]) * factor[r / 2];
+        x[half].r[r] *= exp2_approx(row_decay[r % 2] - col_decay[r / 2]) * factor[r / 2];
       }
     }
     SmemBlock<T>::store_c_trans(tiles.y + CausalTile<T, BLOCK_T>::block(i, kCol), x);
@@ -306,13 +333,13 @@ __device__ __forceinline__ void prepare_coefficients(const ChunkTiles<BLOCK_T>& 
   }
   if (warp_idx == kNumWarps - 1) compute_cumsum(coef);
   role_barrier<kNumWarps>(barrier_id);
-  const float last_cumsum = coef.cumsum[BLOCK_T - 1];
+  const auto last_decay = coef.decay_at(BLOCK_T - 1);
 #pragma unroll
   for (int i = thread_idx; i < BLOCK_T; i += kNumWarps * 32) {
     const float cumsum = coef.cumsum[i];
     const float decay = exp2_approx(cumsum);
     coef.k_in[i] = coef.rstd_k[i] * decay;
-    coef.k_out[i] = coef.rstd_k[i] * exp2_approx(last_cumsum - cumsum);
+    coef.k_out[i] = coef.rstd_k[i] * exp2_approx(last_decay - coef.decay_at(i));
     if constexpr (kHasQ) coef.q_in[i] = scale * coef.rstd_q[i] * decay;
   }
 }

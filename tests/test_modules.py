@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from remora.modules import Cache, GatedDeltaNet, GatedRMSNorm, RMSNorm, ShortConvolution, SwiGLU
+from remora.modules import Cache, GatedDeltaNet, GatedRMSNorm, GroupedLinear, RMSNorm, ShortConvolution, SwiGLU
 
 D = 24
 SMALL = {"hidden_size": D, "head_dim": 8, "num_heads": 2, "expand_v": 2.0, "layer_idx": 0}
@@ -128,6 +128,34 @@ def test_swiglu():
     assert SwiGLU(100).up_proj.out_features == 512
     with pytest.raises(ValueError, match="must be positive, got 4 and 0"):
         SwiGLU(4, 0)
+
+
+class TestGroupedLinear:
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("sizes", [(24, 40), (5, 7)], ids=str)
+    def test_is_one_linear_map_per_group(self, dtype, sizes):
+        layer = GroupedLinear(4, *sizes).to(dtype)
+        lengths = [3, 0, 5, 1]
+        x = torch.randn(9, sizes[0], dtype=dtype, requires_grad=True)
+        y = layer(x, torch.tensor(lengths).cumsum(0).int())
+        expected = torch.cat([part @ layer.weight[g].mT for g, part in enumerate(x.split(lengths))])
+        tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {}
+        torch.testing.assert_close(y, expected, **tolerance)
+        d_y = torch.randn_like(y)
+        leaves = [x, layer.weight]
+        ours = torch.autograd.grad(y, leaves, d_y)
+        torch.testing.assert_close(ours, torch.autograd.grad(expected, leaves, d_y), **tolerance)
+        assert torch.equal(ours[1][1], torch.zeros_like(ours[1][1]))
+
+    def test_compiles_to_one_graph(self):
+        layer = GroupedLinear(3, 8, 16)
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        x, ends = torch.randn(9, 8, requires_grad=True), torch.tensor([4, 4, 9], dtype=torch.int32)
+        y, expected = compiled(x, ends), layer(x, ends)
+        torch.testing.assert_close(y, expected)
+        leaves = [x, layer.weight]
+        ours, theirs = (torch.autograd.grad(z, leaves, torch.ones_like(z)) for z in (y, expected))
+        torch.testing.assert_close(ours, theirs)
 
 
 def reference(layer, x):

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from remora.models.files import replacing
 from remora.models.mixers import Mixer, get_mixer
 from remora.models.sampling import sample
-from remora.modules import Cache, RMSNorm, SwiGLU
+from remora.modules import Cache, GroupedLinear, RMSNorm, SwiGLU
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -135,7 +135,7 @@ class LanguageModel(nn.Module):
         std = self.config.initializer_range
         nn.init.normal_(self.embeddings.weight, std=std)
         for name, module in self.named_modules():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, (nn.Linear, GroupedLinear)):
                 writes_residual = name.endswith(("o_proj", "down_proj"))
                 nn.init.normal_(module.weight, std=std / math.sqrt(2 * len(self.layers)) if writes_residual else std)
 

@@ -3,7 +3,17 @@
 from remora.modules.cache import Cache, LayerCache
 from remora.modules.convolution import ShortConvolution
 from remora.modules.gated_delta_net import GatedDeltaNet
+from remora.modules.grouped_linear import GroupedLinear
 from remora.modules.mlp import SwiGLU
 from remora.modules.normalization import GatedRMSNorm, RMSNorm
 
-__all__ = ["Cache", "GatedDeltaNet", "GatedRMSNorm", "LayerCache", "RMSNorm", "ShortConvolution", "SwiGLU"]
+__all__ = [
+    "Cache",
+    "GatedDeltaNet",
+    "GatedRMSNorm",
+    "GroupedLinear",
+    "LayerCache",
+    "RMSNorm",
+    "ShortConvolution",
+    "SwiGLU",
+]

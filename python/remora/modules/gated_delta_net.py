@@ -22,6 +22,16 @@ DT_MIN, DT_MAX = 1e-3, 1e-1
 A_MIN, A_MAX = 1e-4, 16.0
 
 
+@torch.no_grad()
+def reset_decay(A_log: Tensor, dt_bias: Tensor) -> None:
+    """Draw `exp(A_log)` uniform in (0, 16) and `softplus(dt_bias)` log-uniform in [0.001, 0.1]."""
+    nn.init.uniform_(A_log, A_MIN, A_MAX)
+    A_log.log_()
+    nn.init.uniform_(dt_bias, math.log(DT_MIN), math.log(DT_MAX))
+    step = dt_bias.exp()
+    dt_bias.copy_(step + torch.log(-torch.expm1(-step)))
+
+
 class GatedDeltaNet(nn.Module):
     """Token mixer whose memory is a matrix, decayed by a gate and written by the delta rule.
 
@@ -125,12 +135,7 @@ class GatedDeltaNet(nn.Module):
 
     def reset_parameters(self) -> None:
         """Initialise the gate: `exp(A_log)` uniform in (0, 16), `softplus(dt_bias)` log-uniform in [0.001, 0.1]."""
-        with torch.no_grad():
-            nn.init.uniform_(self.A_log, A_MIN, A_MAX)
-            self.A_log.log_()
-            nn.init.uniform_(self.dt_bias, math.log(DT_MIN), math.log(DT_MAX))
-            step = self.dt_bias.exp()
-            self.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))
+        reset_decay(self.A_log, self.dt_bias)
 
     def forward(self, hidden_states: Tensor, cache: Cache | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         """Mix tokens along time.

@@ -84,6 +84,32 @@ inline void zero_uncovered(void* data, int64_t row_bytes, const RecurrenceShape&
   zero(covered, positions);
 }
 
+/// A sequence as packed positions [begin, end) of all B * T.
+struct PackedSequence {
+  int64_t begin, end;
+};
+
+inline PackedSequence packed_sequence(const RecurrenceShape& shape, const int32_t* cu_seqlens, int64_t n) {
+  if (!cu_seqlens) return {n * shape.seqlen, (n + 1) * shape.seqlen};
+  const int64_t begin = std::clamp<int64_t>(cu_seqlens[n], 0, shape.batch * shape.seqlen);
+  return {begin, std::clamp<int64_t>(cu_seqlens[n + 1], begin, shape.batch * shape.seqlen)};
+}
+
+/// Row of a [B * T, ...] view at a packed position.
+inline int64_t packed_row(const RecurrenceShape& shape, const int32_t* rows, int64_t position) {
+  return rows ? std::clamp<int64_t>(rows[position], 0, shape.batch * shape.seqlen - 1) : position;
+}
+
+/// State that sequence `seq_idx` of a step works on, or -1 if its indices lie outside the pool.
+inline int64_t step_slot(const RecurrenceShape& shape, const int32_t* state_indices, const int32_t* memories,
+                         int64_t num_memories, int64_t num_slots, int64_t seq_idx) {
+  const int64_t token = memories ? seq_idx % shape.seqlen : seq_idx;
+  const int64_t pool = state_indices ? state_indices[token] : token;
+  const int64_t memory = memories ? memories[seq_idx] : 0;
+  const bool is_valid = pool >= 0 && pool < num_slots / num_memories && memory >= 0 && memory < num_memories;
+  return is_valid ? pool * num_memories + memory : -1;
+}
+
 /// Below this many multiply-adds a second thread costs more than it saves.
 constexpr int64_t kMinWorkPerThread = 1 << 18;
 

@@ -4,6 +4,16 @@
 
 STABLE_TORCH_LIBRARY(remora, m) {
   m.def(
+      "causal_conv1d_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, Tensor? cu_seqlens, "
+      "Tensor? rows, bool use_silu, bool output_final_state) -> (Tensor y, Tensor final_state)");
+  m.def(
+      "causal_conv1d_bwd(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, Tensor? cu_seqlens, "
+      "Tensor? rows, Tensor d_y, Tensor? d_final_state, bool use_silu) "
+      "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor d_initial_state)");
+  m.def(
+      "causal_conv1d_step_(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) state, Tensor? state_indices, "
+      "Tensor? memories, int num_memories, bool use_silu) -> Tensor");
+  m.def(
       "gated_delta_rule_fwd(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor beta, Tensor? initial_state, "
       "Tensor? cu_seqlens, Tensor? rows, float scale, bool use_qk_l2norm, bool output_final_state, "
       "bool state_v_first, bool save_states) -> (Tensor o, Tensor final_state, Tensor saved_states)");

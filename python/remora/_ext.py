@@ -92,3 +92,8 @@ def require_backend(tensor: torch.Tensor, name: str) -> None:
         raise ValueError(
             f"{name} is on device {tensor.device}, but remora's CUDA kernels are not loaded: {LIBRARIES['cuda'].reason}"
         )
+
+
+def runs_on_cpu_kernels(tensor: torch.Tensor) -> bool:
+    """Whether the CPU kernels, which take more dtypes and sizes than those for CUDA, serve `tensor`."""
+    return tensor.device.type == "meta" or (tensor.device.type == "cpu" and HOST_BACKEND == "cpu")

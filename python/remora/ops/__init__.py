@@ -1,6 +1,8 @@
 """Operators: public functions over `torch.ops.remora`. Shapes: docs/numerics.md."""
 
 from remora.ops.recurrence import (
+    causal_conv1d,
+    causal_conv1d_step,
     chunk_delta_rule,
     chunk_gated_delta_rule,
     fused_recurrent_delta_rule,
@@ -9,6 +11,8 @@ from remora.ops.recurrence import (
 )
 
 __all__ = [
+    "causal_conv1d",
+    "causal_conv1d_step",
     "chunk_delta_rule",
     "chunk_gated_delta_rule",
     "fused_recurrent_delta_rule",

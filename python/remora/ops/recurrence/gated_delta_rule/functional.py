@@ -32,10 +32,6 @@ class _Inputs:
         return ("[N, HV, V, K]", [rows, HV, V, K]) if v_first else ("[N, HV, K, V]", [rows, HV, K, V])
 
 
-def _runs_on_cpu_kernels(tensor: Tensor) -> bool:
-    return tensor.device.type == "meta" or (tensor.device.type == "cpu" and _ext.HOST_BACKEND == "cpu")
-
-
 def _check_inputs(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, scale: float | None, *, has_gate: bool
 ) -> _Inputs:
@@ -44,7 +40,7 @@ def _check_inputs(
     _ext.require_backend(q, "q")
     if q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
-    check.has_dtype(q, "q", check.FLOATS if _runs_on_cpu_kernels(q) else check.FLOATS[1:])
+    check.has_dtype(q, "q", check.FLOATS if _ext.runs_on_cpu_kernels(q) else check.FLOATS[1:])
     if q.dim() != 4:
         raise ValueError(f"q must have shape [B, T, H, K], got {list(q.shape)}")
     B, T, H, K = q.shape
@@ -126,7 +122,7 @@ class _Call:
 
     def check_chunk_head_dim(self) -> None:
         q = self.inputs.q
-        if not _runs_on_cpu_kernels(q):
+        if not _ext.runs_on_cpu_kernels(q):
             check.in_range(q.shape[3], "on CUDA, the head size K of q and k", 1, MAX_CHUNK_HEAD_DIM_CUDA)
 
     def needs_grad(self) -> bool:

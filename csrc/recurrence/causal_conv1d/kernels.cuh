@@ -1,0 +1,461 @@
+// Kernels of the causal depthwise convolution.
+//
+//   x, y [B, T, D]   weight [D, W]   states [N, W - 1, D]
+//
+// A thread owns four neighbouring channels and walks kConvBlockTokens packed positions, keeping the last W inputs in
+// registers: an input is read once, but for the W - 1 in front of a block. The backward pass also keeps the gradients
+// of the last W sums, since an input's gradient needs those of the W - 1 tokens behind it; it finishes input t when it
+// stands at t + W - 1. WIDTH is 4 or 8; a narrower filter leaves the oldest taps out.
+//
+// Memory bound: forward 2 * sizeof(T) bytes an element, backward 3 * sizeof(T). Figures: README.md.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "common/reduce.cuh"
+#include "recurrence/causal_conv1d/params.h"
+
+namespace remora {
+
+constexpr int kConvThreads = 128;
+constexpr int kConvVector = 4;
+constexpr int kConvBlockChannels = kConvThreads * kConvVector;
+constexpr int kConvBlockTokens = 64;
+constexpr int kConvReduceChannels = 32;
+constexpr int kConvReduceParts = 8;
+
+/// Packed positions [begin, end) of a sequence, within [0, B * T) whatever cu_seqlens says.
+struct PackedRange {
+  int64_t begin, end;
+};
+
+__device__ __forceinline__ PackedRange packed_range(const RecurrenceShape& shape, const int32_t* cu_seqlens,
+                                                    int64_t seq_idx) {
+  if (cu_seqlens == nullptr) return {seq_idx * shape.seqlen, (seq_idx + 1) * shape.seqlen};
+  const int64_t total = shape.batch * shape.seqlen;
+  const int64_t begin = min(max(int64_t{cu_seqlens[seq_idx]}, int64_t{0}), total);
+  return {begin, min(max(int64_t{cu_seqlens[seq_idx + 1]}, begin), total)};
+}
+
+/// The last sequence that begins at or before the position.
+__device__ __forceinline__ int64_t sequence_of(const RecurrenceShape& shape, const int32_t* cu_seqlens,
+                                               int64_t position) {
+  if (cu_seqlens == nullptr) return position / shape.seqlen;
+  int64_t low = 0, high = shape.num_seqs - 1;
+  while (low < high) {
+    const int64_t middle = (low + high + 1) / 2;
+    if (packed_range(shape, cu_seqlens, middle).begin <= position) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  return low;
+}
+
+__device__ __forceinline__ int64_t packed_row(const RecurrenceShape& shape, const int32_t* rows, int64_t position) {
+  if (rows == nullptr) return position;
+  return min(max(int64_t{rows[position]}, int64_t{0}), shape.batch * shape.seqlen - 1);
+}
+
+/// Four channels of a row, `num_valid` of them in the tensor.
+struct ConvVector {
+  float v[kConvVector];
+};
+
+template <typename T>
+__device__ __forceinline__ ConvVector load_channels(const T* src, int num_valid, bool is_aligned) {
+  union {
+    uint4 bits16;
+    uint2 bits8;
+    T element[kConvVector];
+  } x;
+  ConvVector out;
+  if (is_aligned && num_valid == kConvVector) {
+    if constexpr (sizeof(T) == 4) {
+      x.bits16 = *reinterpret_cast<const uint4*>(src);
+    } else {
+      x.bits8 = *reinterpret_cast<const uint2*>(src);
+    }
+#pragma unroll
+    for (int i = 0; i < kConvVector; ++i) out.v[i] = static_cast<float>(x.element[i]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kConvVector; ++i) out.v[i] = i < num_valid ? static_cast<float>(src[i]) : 0.f;
+  }
+  return out;
+}
+
+template <typename T>
+__device__ __forceinline__ void store_channels(T* dst, const ConvVector& value, int num_valid, bool is_aligned) {
+  union {
+    uint4 bits16;
+    uint2 bits8;
+    T element[kConvVector];
+  } x;
+#pragma unroll
+  for (int i = 0; i < kConvVector; ++i) x.element[i] = static_cast<T>(value.v[i]);
+  if (is_aligned && num_valid == kConvVector) {
+    if constexpr (sizeof(T) == 4) {
+      *reinterpret_cast<uint4*>(dst) = x.bits16;
+    } else {
+      *reinterpret_cast<uint2*>(dst) = x.bits8;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kConvVector; ++i) {
+      if (i < num_valid) dst[i] = x.element[i];
+    }
+  }
+}
+
+__device__ __forceinline__ float sigmoid(float x) { return 1.f / (1.f + expf(-x)); }
+
+/// What a thread keeps: its taps, newest last at WIDTH - 1, and as many inputs.
+template <typename T, int WIDTH>
+struct ConvThread {
+  ConvVector weight[WIDTH], bias, input[WIDTH];
+  bool has_input[WIDTH];
+  int64_t channel;
+  int num_valid;  // of the thread's channels
+  int width;
+  bool is_aligned;
+
+  template <typename Params>
+  __device__ __forceinline__ void load_filter(const Params& p, int64_t first_channel, bool aligned) {
+    channel = first_channel;
+    num_valid = static_cast<int>(min(max(p.shape.num_channels - channel, int64_t{0}), int64_t{kConvVector}));
+    width = p.shape.width;
+    is_aligned = aligned;
+#pragma unroll
+    for (int i = 0; i < kConvVector; ++i) {
+      const bool valid = i < num_valid;
+      bias.v[i] = valid && p.bias != nullptr ? static_cast<const float*>(p.bias)[channel + i] : 0.f;
+#pragma unroll
+      for (int j = 0; j < WIDTH; ++j) {
+        const int tap = j - (WIDTH - width);
+        weight[j].v[i] = valid && tap >= 0 ? static_cast<const float*>(p.weight)[(channel + i) * width + tap] : 0.f;
+      }
+    }
+  }
+
+  template <typename Params>
+  __device__ __forceinline__ ConvVector load_input(const Params& p, int64_t position) const {
+    const int64_t row = packed_row(p.shape.sequences, p.rows, position), seqlen = p.shape.sequences.seqlen;
+    const T* src = static_cast<const T*>(p.x) + row / seqlen * p.x_stride.batch + row % seqlen * p.x_stride.token;
+    return load_channels(src + channel, num_valid, is_aligned);
+  }
+
+  /// The W - 1 inputs in front of `position`; those before the sequence come from its initial state, if it has one.
+  template <typename Params>
+  __device__ __forceinline__ void load_window(const Params& p, int64_t seq_idx, int64_t begin, int64_t position) {
+#pragma unroll
+    for (int j = 1; j < WIDTH; ++j) {
+      const int64_t source = position - WIDTH + j;
+      const int64_t state_row = source - begin + width - 1;
+      has_input[j] = false;
+      input[j] = {};
+      if (j <= WIDTH - width) continue;
+      if (source >= begin) {
+        input[j] = load_input(p, source);
+        has_input[j] = true;
+      } else if (p.initial_state != nullptr) {
+        input[j] = load_channels(static_cast<const T*>(p.initial_state) +
+                                     (seq_idx * (width - 1) + state_row) * p.shape.num_channels + channel,
+                                 num_valid, is_aligned);
+        has_input[j] = true;
+      }
+    }
+  }
+
+  __device__ __forceinline__ void push(const ConvVector& x) {
+#pragma unroll
+    for (int j = 0; j + 1 < WIDTH; ++j) input[j] = input[j + 1], has_input[j] = has_input[j + 1] && j >= WIDTH - width;
+    input[WIDTH - 1] = x, has_input[WIDTH - 1] = true;
+  }
+
+  __device__ __forceinline__ ConvVector convolve() const {
+    ConvVector sum = bias;
+#pragma unroll
+    for (int j = 0; j < WIDTH; ++j) {
+      if (!has_input[j]) continue;
+#pragma unroll
+      for (int i = 0; i < kConvVector; ++i) sum.v[i] = fmaf(input[j].v[i], weight[j].v[i], sum.v[i]);
+    }
+    return sum;
+  }
+
+  __device__ __forceinline__ ConvVector activate(ConvVector sum, bool use_silu) const {
+    if (use_silu) {
+#pragma unroll
+      for (int i = 0; i < kConvVector; ++i) sum.v[i] *= sigmoid(sum.v[i]);
+    }
+    return sum;
+  }
+};
+
+/// Grid: blocks of channels on x fastest, then blocks of tokens.
+template <typename T, int WIDTH>
+__global__ void __launch_bounds__(kConvThreads)
+    causal_conv1d_fwd_kernel(const __grid_constant__ CausalConv1dFwdParams p, int64_t num_channel_blocks,
+                             bool is_aligned) {
+  const RecurrenceShape& sequences = p.shape.sequences;
+  const int64_t block = blockIdx.x;
+  const int64_t first = block / num_channel_blocks * kConvBlockTokens;
+  const int64_t last = min(first + kConvBlockTokens, sequences.batch * sequences.seqlen);
+  ConvThread<T, WIDTH> thread;
+  thread.load_filter(p, (block % num_channel_blocks * kConvThreads + threadIdx.x) * kConvVector, is_aligned);
+  if (thread.num_valid == 0) return;
+
+  int64_t seq_idx = sequence_of(sequences, p.cu_seqlens, first);
+  PackedRange range = packed_range(sequences, p.cu_seqlens, seq_idx);
+  bool is_loaded = false;
+  for (int64_t position = first; position < last; ++position) {
+    while (position >= range.end && seq_idx + 1 < sequences.num_seqs) {
+      range = packed_range(sequences, p.cu_seqlens, ++seq_idx);
+      is_loaded = false;
+    }
+    T* dst = static_cast<T*>(p.y) + packed_row(sequences, p.rows, position) * p.shape.num_channels + thread.channel;
+    if (position < range.begin || position >= range.end) {
+      store_channels(dst, ConvVector{}, thread.num_valid, is_aligned);
+      continue;
+    }
+    if (!is_loaded) thread.load_window(p, seq_idx, range.begin, position);
+    is_loaded = true;
+    thread.push(thread.load_input(p, position));
+    store_channels(dst, thread.activate(thread.convolve(), p.use_silu), thread.num_valid, is_aligned);
+  }
+}
+
+/// The last W - 1 inputs of each sequence. Grid: (sequence, block of channels).
+template <typename T>
+__global__ void __launch_bounds__(kConvThreads)
+    causal_conv1d_final_state_kernel(const __grid_constant__ CausalConv1dFwdParams p, int64_t num_channel_blocks,
+                                     bool is_aligned) {
+  const int tail = p.shape.width - 1;
+  const int64_t seq_idx = blockIdx.x / num_channel_blocks;
+  const int64_t channel = (blockIdx.x % num_channel_blocks * kConvThreads + threadIdx.x) * kConvVector;
+  const PackedRange range = packed_range(p.shape.sequences, p.cu_seqlens, seq_idx);
+  ConvThread<T, kConvMaxWidth> thread;
+  thread.channel = channel, thread.width = p.shape.width, thread.is_aligned = is_aligned;
+  thread.num_valid = static_cast<int>(min(max(p.shape.num_channels - channel, int64_t{0}), int64_t{kConvVector}));
+  if (thread.num_valid == 0) return;
+  thread.load_window(p, seq_idx, range.begin, range.end);
+#pragma unroll
+  for (int j = 1; j < kConvMaxWidth; ++j) {
+    const int row = j - (kConvMaxWidth - tail);
+    if (row < 0) continue;
+    store_channels(static_cast<T*>(p.final_state) + (seq_idx * tail + row) * p.shape.num_channels + channel,
+                   thread.input[j], thread.num_valid, is_aligned);
+  }
+}
+
+/// Gradient of the sum at `position`, whose inputs the thread holds.
+template <typename T, int WIDTH>
+__device__ __forceinline__ ConvVector sum_gradient(const CausalConv1dBwdParams& p, const ConvThread<T, WIDTH>& thread,
+                                                   int64_t position) {
+  const T* src = static_cast<const T*>(p.d_y) + packed_row(p.shape.sequences, p.rows, position) * p.shape.num_channels +
+                 thread.channel;
+  ConvVector gradient = load_channels(src, thread.num_valid, thread.is_aligned);
+  if (p.use_silu) {
+    const ConvVector x = thread.convolve();
+#pragma unroll
+    for (int i = 0; i < kConvVector; ++i) {
+      const float s = sigmoid(x.v[i]);
+      gradient.v[i] *= s * (1.f + x.v[i] * (1.f - s));
+    }
+  }
+  return gradient;
+}
+
+/// Grid as the forward kernel. Leaves each block's share of dweight [W, D] and dbias [D] in the workspace.
+template <typename T, int WIDTH>
+__global__ void __launch_bounds__(kConvThreads)
+    causal_conv1d_bwd_kernel(const __grid_constant__ CausalConv1dBwdParams p, int64_t num_channel_blocks,
+                             bool is_aligned) {
+  const RecurrenceShape& sequences = p.shape.sequences;
+  const int tail = p.shape.width - 1;
+  const int64_t token_block = blockIdx.x / num_channel_blocks;
+  const int64_t first = token_block * kConvBlockTokens;
+  const int64_t last = min(first + kConvBlockTokens, sequences.batch * sequences.seqlen);
+  ConvThread<T, WIDTH> thread;
+  thread.load_filter(p, (blockIdx.x % num_channel_blocks * kConvThreads + threadIdx.x) * kConvVector, is_aligned);
+  if (thread.num_valid == 0) return;
+  ConvVector dweight[WIDTH] = {}, dbias = {};
+  const auto dx_at = [&](int64_t position) {
+    return static_cast<T*>(p.dx) + packed_row(sequences, p.rows, position) * p.shape.num_channels + thread.channel;
+  };
+
+  int64_t seq_idx = sequence_of(sequences, p.cu_seqlens, first);
+  PackedRange range = packed_range(sequences, p.cu_seqlens, seq_idx);
+  for (int64_t begin = first; begin < last;) {
+    while (begin >= range.end && seq_idx + 1 < sequences.num_seqs) {
+      range = packed_range(sequences, p.cu_seqlens, ++seq_idx);
+    }
+    if (begin < range.begin || begin >= range.end) {
+      store_channels(dx_at(begin++), ConvVector{}, thread.num_valid, is_aligned);
+      continue;
+    }
+    // The block's part of one sequence; the tokens behind it that still see its inputs come along.
+    const int64_t end = min(last, range.end);
+    ConvVector gradient[WIDTH] = {};  // of the sums at position - WIDTH + 1 ... position
+    thread.load_window(p, seq_idx, range.begin, begin);
+    for (int64_t position = begin; position < end + tail; ++position) {
+#pragma unroll
+      for (int j = 0; j + 1 < WIDTH; ++j) gradient[j] = gradient[j + 1];
+      gradient[WIDTH - 1] = {};
+      if (position < range.end) {
+        thread.push(thread.load_input(p, position));
+        gradient[WIDTH - 1] = sum_gradient(p, thread, position);
+      }
+      if (position < end) {
+#pragma unroll
+        for (int i = 0; i < kConvVector; ++i) dbias.v[i] += gradient[WIDTH - 1].v[i];
+#pragma unroll
+        for (int j = 0; j < WIDTH; ++j) {
+          if (!thread.has_input[j]) continue;
+#pragma unroll
+          for (int i = 0; i < kConvVector; ++i) {
+            dweight[j].v[i] = fmaf(gradient[WIDTH - 1].v[i], thread.input[j].v[i], dweight[j].v[i]);
+          }
+        }
+      }
+      const int64_t done = position - tail;
+      if (done < begin) continue;
+      ConvVector dx = {};
+      if (const int64_t kept = done - (range.end - tail); p.d_final_state != nullptr && kept >= 0) {
+        dx = load_channels(
+            static_cast<const T*>(p.d_final_state) + (seq_idx * tail + kept) * p.shape.num_channels + thread.channel,
+            thread.num_valid, is_aligned);
+      }
+      // Tap WIDTH - 1 - j reached input `done` from the token j behind it.
+#pragma unroll
+      for (int j = 0; j < WIDTH; ++j) {
+        if (j > tail || done + j >= range.end) continue;
+        // gradient[] is indexed from the oldest sum kept; `done` stands WIDTH - 1 - tail places from its front.
+#pragma unroll
+        for (int slot = 0; slot < WIDTH; ++slot) {
+          if (slot != WIDTH - 1 - tail + j) continue;
+#pragma unroll
+          for (int i = 0; i < kConvVector; ++i) {
+            dx.v[i] = fmaf(gradient[slot].v[i], thread.weight[WIDTH - 1 - j].v[i], dx.v[i]);
+          }
+        }
+      }
+      store_channels(dx_at(done), dx, thread.num_valid, is_aligned);
+    }
+    begin = end;
+  }
+  float* partial = static_cast<float*>(p.workspace) + token_block * (p.shape.width + 1) * p.shape.num_channels;
+#pragma unroll
+  for (int i = 0; i < kConvVector; ++i) {
+    if (i >= thread.num_valid) continue;
+#pragma unroll
+    for (int j = 0; j < WIDTH; ++j) {
+      const int tap = j - (WIDTH - p.shape.width);
+      if (tap >= 0) partial[tap * p.shape.num_channels + thread.channel + i] = dweight[j].v[i];
+    }
+    partial[p.shape.width * p.shape.num_channels + thread.channel + i] = dbias.v[i];
+  }
+}
+
+/// Sums the shares in a fixed order. Grid: (tap or bias, block of kConvReduceChannels channels).
+__global__ void __launch_bounds__(kConvReduceChannels* kConvReduceParts)
+    causal_conv1d_reduce_kernel(const __grid_constant__ CausalConv1dBwdParams p, int64_t num_token_blocks) {
+  __shared__ float smem_sums[kConvReduceParts][kConvReduceChannels];
+  const int width = p.shape.width, lane = threadIdx.x % kConvReduceChannels, part = threadIdx.x / kConvReduceChannels;
+  const int tap = static_cast<int>(blockIdx.x % (width + 1));
+  const int64_t channel = blockIdx.x / (width + 1) * int64_t{kConvReduceChannels} + lane;
+  float sum = 0.f;
+  if (channel < p.shape.num_channels) {
+    for (int64_t block = part; block < num_token_blocks; block += kConvReduceParts) {
+      sum += static_cast<const float*>(p.workspace)[(block * (width + 1) + tap) * p.shape.num_channels + channel];
+    }
+  }
+  smem_sums[part][lane] = sum;
+  __syncthreads();
+  if (part != 0 || channel >= p.shape.num_channels) return;
+  for (int i = 1; i < kConvReduceParts; ++i) sum += smem_sums[i][lane];
+  if (tap < width) static_cast<float*>(p.dweight)[channel * width + tap] = sum;
+  if (tap == width && p.dbias != nullptr) static_cast<float*>(p.dbias)[channel] = sum;
+}
+
+/// Gradient of the initial states. Grid: (sequence, block of channels).
+template <typename T>
+__global__ void __launch_bounds__(kConvThreads)
+    causal_conv1d_bwd_state_kernel(const __grid_constant__ CausalConv1dBwdParams p, int64_t num_channel_blocks,
+                                   bool is_aligned) {
+  const int tail = p.shape.width - 1;
+  const int64_t seq_idx = blockIdx.x / num_channel_blocks;
+  const PackedRange range = packed_range(p.shape.sequences, p.cu_seqlens, seq_idx);
+  const int64_t length = range.end - range.begin;
+  ConvThread<T, kConvMaxWidth> thread;
+  thread.load_filter(p, (blockIdx.x % num_channel_blocks * kConvThreads + threadIdx.x) * kConvVector, is_aligned);
+  if (thread.num_valid == 0) return;
+  thread.load_window(p, seq_idx, range.begin, range.begin);
+  ConvVector gradient[kConvMaxWidth - 1] = {};  // of the first sums
+#pragma unroll
+  for (int t = 0; t < kConvMaxWidth - 1; ++t) {
+    if (t >= tail || t >= length) continue;
+    thread.push(thread.load_input(p, range.begin + t));
+    gradient[t] = sum_gradient(p, thread, range.begin + t);
+  }
+#pragma unroll
+  for (int j = 1; j < kConvMaxWidth; ++j) {
+    const int row = j - (kConvMaxWidth - tail);  // seen by token t through the tap of row row - t
+    if (row < 0) continue;
+    ConvVector d_state = {};
+    if (p.d_final_state != nullptr && row >= length) {
+      d_state = load_channels(static_cast<const T*>(p.d_final_state) +
+                                  (seq_idx * tail + row - length) * p.shape.num_channels + thread.channel,
+                              thread.num_valid, is_aligned);
+    }
+#pragma unroll
+    for (int t = 0; t < j; ++t) {
+      if (t > row || t >= length) continue;
+#pragma unroll
+      for (int i = 0; i < kConvVector; ++i) {
+        d_state.v[i] = fmaf(gradient[t].v[i], thread.weight[j - 1 - t].v[i], d_state.v[i]);
+      }
+    }
+    store_channels(static_cast<T*>(p.d_initial_state) + (seq_idx * tail + row) * p.shape.num_channels + thread.channel,
+                   d_state, thread.num_valid, is_aligned);
+  }
+}
+
+/// One token of each sequence, states in place. Grid: (sequence, block of channels).
+template <typename T>
+__global__ void __launch_bounds__(kConvThreads)
+    causal_conv1d_step_kernel(const __grid_constant__ CausalConv1dStepParams p, int64_t num_channel_blocks,
+                              bool is_aligned) {
+  const RecurrenceShape& sequences = p.shape.sequences;
+  const int tail = p.shape.width - 1;
+  const int64_t seq_idx = blockIdx.x / num_channel_blocks;
+  const int64_t token = p.memories != nullptr ? seq_idx % sequences.seqlen : seq_idx;
+  const int64_t pool = p.state_indices != nullptr ? p.state_indices[token] : token;
+  const int64_t memory = p.memories != nullptr ? p.memories[seq_idx] : 0;
+  ConvThread<T, kConvMaxWidth> thread;
+  thread.load_filter(p, (blockIdx.x % num_channel_blocks * kConvThreads + threadIdx.x) * kConvVector, is_aligned);
+  if (thread.num_valid == 0) return;
+  T* y = static_cast<T*>(p.y) + seq_idx * p.shape.num_channels + thread.channel;
+  if (pool < 0 || pool >= p.num_slots / p.num_memories || memory < 0 || memory >= p.num_memories) {
+    store_channels(y, ConvVector{}, thread.num_valid, is_aligned);
+    return;
+  }
+  T* state = static_cast<T*>(p.state) + (pool * p.num_memories + memory) * tail * p.shape.num_channels + thread.channel;
+  const T* x = static_cast<const T*>(p.x) + seq_idx / sequences.seqlen * p.x_stride.batch +
+               seq_idx % sequences.seqlen * p.x_stride.token + thread.channel;
+#pragma unroll
+  for (int j = 0; j < kConvMaxWidth; ++j) {
+    const int row = j - (kConvMaxWidth - 1 - tail);
+    thread.has_input[j] = row >= 0;
+    thread.input[j] = {};
+    if (row < 0) continue;
+    thread.input[j] = load_channels(row < tail ? state + row * p.shape.num_channels : x, thread.num_valid, is_aligned);
+    if (row > 0)
+      store_channels(state + (row - 1) * p.shape.num_channels, thread.input[j], thread.num_valid, is_aligned);
+  }
+  store_channels(y, thread.activate(thread.convolve(), p.use_silu), thread.num_valid, is_aligned);
+}
+
+}  // namespace remora

@@ -96,7 +96,7 @@ class TestShortConvolution:
             layer(torch.randn(2, 3, D), cu_seqlens=torch.tensor([0, 3]))
         with pytest.raises(ValueError, match=r"conv_state must be \[2, 3, 24\], got \[1, 3, 24\]"):
             layer(torch.randn(2, 3, D), torch.zeros(1, 3, D))
-        with pytest.raises(ValueError, match="must be positive, got 4 and 0"):
+        with pytest.raises(ValueError, match=r"kernel_size must be in 1\.\.\.8, got 0"):
             ShortConvolution(4, 0)
         with pytest.raises(ValueError, match="activation must be one of"):
             ShortConvolution(4, activation="relu")

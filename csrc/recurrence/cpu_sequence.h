@@ -19,6 +19,14 @@ struct TokenRow {
   constexpr int64_t offset(const TokenStrides& stride) const { return batch * stride.batch + token * stride.token; }
 };
 
+constexpr TokenRow routed_row(const RecurrenceShape& shape, int64_t given) {
+  const int64_t last = shape.batch * shape.seqlen - 1;
+  const int64_t row = given < 0 ? 0 : given > last ? last : given;
+  // rows counts fewer than 2^31 tokens, and a division of 32 bits is the fast one.
+  const uint32_t batch = static_cast<uint32_t>(row) / static_cast<uint32_t>(shape.seqlen);
+  return {row, batch, row - batch * shape.seqlen};
+}
+
 struct RecurrenceSequence {
   int64_t index;        // n
   int64_t begin;        // packed position of its first token
@@ -28,16 +36,18 @@ struct RecurrenceSequence {
 
   constexpr TokenRow at(const RecurrenceShape& shape, int64_t token) const {
     if (!rows) return {first.row + token, first.batch, first.token + token};
-    const int64_t given = rows[begin + token], last = shape.batch * shape.seqlen - 1;
-    const int64_t row = given < 0 ? 0 : given > last ? last : given;
-    // rows counts fewer than 2^31 tokens, and a division of 32 bits is the fast one.
-    const uint32_t batch = static_cast<uint32_t>(row) / static_cast<uint32_t>(shape.seqlen);
-    return {row, batch, row - batch * shape.seqlen};
+    return routed_row(shape, rows[begin + token]);
   }
 
   /// First slot of saved_states.
   constexpr int64_t first_slot() const { return first_state_slot(begin, index); }
 };
+
+/// The token at a packed position of the call.
+constexpr TokenRow row_at(const RecurrenceShape& shape, const int32_t* rows, int64_t position) {
+  if (rows) return routed_row(shape, rows[position]);
+  return {position, position / shape.seqlen, position % shape.seqlen};
+}
 
 /// The rows of one chunk of at most kTokens tokens. Behind its last token stand copies of it: every entry can be read.
 template <int kTokens>
@@ -84,30 +94,15 @@ inline void zero_uncovered(void* data, int64_t row_bytes, const RecurrenceShape&
   zero(covered, positions);
 }
 
-/// A sequence as packed positions [begin, end) of all B * T.
-struct PackedSequence {
-  int64_t begin, end;
-};
-
-inline PackedSequence packed_sequence(const RecurrenceShape& shape, const int32_t* cu_seqlens, int64_t n) {
-  if (!cu_seqlens) return {n * shape.seqlen, (n + 1) * shape.seqlen};
-  const int64_t begin = std::clamp<int64_t>(cu_seqlens[n], 0, shape.batch * shape.seqlen);
-  return {begin, std::clamp<int64_t>(cu_seqlens[n + 1], begin, shape.batch * shape.seqlen)};
-}
-
-/// Row of a [B * T, ...] view at a packed position.
-inline int64_t packed_row(const RecurrenceShape& shape, const int32_t* rows, int64_t position) {
-  return rows ? std::clamp<int64_t>(rows[position], 0, shape.batch * shape.seqlen - 1) : position;
-}
-
 /// State that sequence `seq_idx` of a step works on, or -1 if its indices lie outside the pool.
 inline int64_t step_slot(const RecurrenceShape& shape, const int32_t* state_indices, const int32_t* memories,
                          int64_t num_memories, int64_t num_slots, int64_t seq_idx) {
   const int64_t token = memories ? seq_idx % shape.seqlen : seq_idx;
   const int64_t pool = state_indices ? state_indices[token] : token;
   const int64_t memory = memories ? memories[seq_idx] : 0;
-  const bool is_valid = pool >= 0 && pool < num_slots / num_memories && memory >= 0 && memory < num_memories;
-  return is_valid ? pool * num_memories + memory : -1;
+  const int64_t per_pool = memories ? num_memories : 1;
+  const bool is_valid = pool >= 0 && pool < num_slots / per_pool && memory >= 0 && memory < per_pool;
+  return is_valid ? pool * per_pool + memory : -1;
 }
 
 /// Below this many multiply-adds a second thread costs more than it saves.

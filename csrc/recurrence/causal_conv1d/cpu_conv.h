@@ -49,13 +49,13 @@ struct Taps {
 /// Walks packed positions in order and knows the sequence of each.
 class SequenceWalk {
  public:
-  SequenceWalk(const RecurrenceShape& shape, const int32_t* cu_seqlens, int64_t position)
-      : shape_(shape), cu_seqlens_(cu_seqlens) {
+  SequenceWalk(const RecurrenceShape& shape, const int32_t* cu_seqlens, const int32_t* rows, int64_t position)
+      : shape_(shape), cu_seqlens_(cu_seqlens), rows_(rows) {
     // The last sequence that begins at or before the position; the empty ones in front of it own nothing.
     int64_t low = 0, high = shape.num_seqs - 1;
     while (low < high) {
       const int64_t middle = (low + high + 1) / 2;
-      if (packed_sequence(shape, cu_seqlens, middle).begin <= position) {
+      if (sequence_at(shape, cu_seqlens, rows, middle).begin <= position) {
         low = middle;
       } else {
         high = middle - 1;
@@ -66,30 +66,25 @@ class SequenceWalk {
 
   /// Moves on to `position`; false if no sequence covers it.
   bool advance(int64_t position) {
-    while (position >= sequence_.end && index_ + 1 < shape_.num_seqs) set(index_ + 1);
-    return position >= sequence_.begin && position < sequence_.end;
+    while (position >= end() && index() + 1 < shape_.num_seqs) set(index() + 1);
+    return position >= begin() && position < end();
   }
-  int64_t index() const { return index_; }
+  int64_t index() const { return sequence_.index; }
   int64_t begin() const { return sequence_.begin; }
-  int64_t end() const { return sequence_.end; }
+  int64_t end() const { return sequence_.begin + sequence_.length; }
 
  private:
-  void set(int64_t index) {
-    index_ = index;
-    sequence_ = packed_sequence(shape_, cu_seqlens_, index);
-  }
+  void set(int64_t index) { sequence_ = sequence_at(shape_, cu_seqlens_, rows_, index); }
 
   const RecurrenceShape& shape_;
   const int32_t* cu_seqlens_;
-  int64_t index_;
-  PackedSequence sequence_;
+  const int32_t* rows_;
+  RecurrenceSequence sequence_;
 };
 
-/// Address of a row of x, [B * T] rows.
 template <class E, class Params>
-REMORA_INLINE const E* input_row(const Params& p, int64_t row, int64_t channel) {
-  const int64_t seqlen = p.shape.sequences.seqlen;
-  return static_cast<const E*>(p.x) + row / seqlen * p.x_stride.batch + row % seqlen * p.x_stride.token + channel;
+REMORA_INLINE const E* input_row(const Params& p, const TokenRow& at, int64_t channel) {
+  return static_cast<const E*>(p.x) + at.batch * p.x_stride.batch + at.token * p.x_stride.token + channel;
 }
 
 template <class E, class Params>
@@ -100,7 +95,7 @@ REMORA_INLINE Taps<E> taps_of(const Params& p, int64_t seq_idx, int64_t begin, i
   for (int j = 0; j <= tail; ++j) {
     const int64_t source = position - tail + j;
     if (source >= begin) {
-      taps.row[j] = input_row<E>(p, packed_row(p.shape.sequences, p.rows, source), channel);
+      taps.row[j] = input_row<E>(p, row_at(p.shape.sequences, p.rows, source), channel);
     } else if (p.initial_state) {
       taps.row[j] =
           static_cast<const E*>(p.initial_state) + (seq_idx * tail + source - begin + tail) * num_channels + channel;

@@ -22,9 +22,9 @@ void fwd(const CausalConv1dFwdParams& p, int64_t token_block, int64_t channel_bl
   Arena arena(scratch);
   Filter<T> filter(p.shape, arena);
   filter.load(p, channel, lanes);
-  SequenceWalk walk(sequences, p.cu_seqlens, first);
+  SequenceWalk walk(sequences, p.cu_seqlens, p.rows, first);
   for (int64_t position = first; position < last; ++position) {
-    E* y = static_cast<E*>(p.y) + packed_row(sequences, p.rows, position) * num_channels + channel;
+    E* y = static_cast<E*>(p.y) + row_at(sequences, p.rows, position).row * num_channels + channel;
     if (walk.advance(position)) {
       convolve_row(filter, taps_of<E>(p, walk.index(), walk.begin(), position, channel), lanes, y);
     } else {
@@ -37,8 +37,8 @@ template <class E>
 void final_state(const CausalConv1dFwdParams& p, int64_t seq_idx) {
   const int tail = p.shape.width - 1;
   const int64_t num_channels = p.shape.num_channels;
-  const PackedSequence sequence = packed_sequence(p.shape.sequences, p.cu_seqlens, seq_idx);
-  const Taps<E> taps = taps_of<E>(p, seq_idx, sequence.begin, sequence.end, 0);
+  const RecurrenceSequence sequence = sequence_at(p.shape.sequences, p.cu_seqlens, p.rows, seq_idx);
+  const Taps<E> taps = taps_of<E>(p, seq_idx, sequence.begin, sequence.begin + sequence.length, 0);
   for (int i = 0; i < tail; ++i) {
     E* to = static_cast<E*>(p.final_state) + (seq_idx * tail + i) * num_channels;
     if (taps.row[i]) {
@@ -73,7 +73,7 @@ template <class T, class E>
 void sum_gradient(const CausalConv1dBwdParams& p, const Filter<T>& filter, const Taps<E>& taps, int64_t position,
                   int64_t channel, int64_t lanes, T* out) {
   const E* d_y =
-      static_cast<const E*>(p.d_y) + packed_row(p.shape.sequences, p.rows, position) * p.shape.num_channels + channel;
+      static_cast<const E*>(p.d_y) + row_at(p.shape.sequences, p.rows, position).row * p.shape.num_channels + channel;
   for (int64_t d = 0; d < lanes; d += kWidth<T>) {
     Vec<T> gradient = load_lanes<T>(d_y, d, lanes);
     if (filter.use_silu) {
@@ -113,10 +113,10 @@ void bwd(const CausalConv1dBwdParams& p, int64_t token_block, int64_t channel_bl
   filter.load(p, channel, lanes);
   std::fill_n(scratch.weight, (width + 1) * kConvBlockChannels, T(0));
 
-  SequenceWalk walk(sequences, p.cu_seqlens, first);
+  SequenceWalk walk(sequences, p.cu_seqlens, p.rows, first);
   for (int64_t position = first; position < last;) {
     if (!walk.advance(position)) {
-      std::memset(static_cast<E*>(p.dx) + packed_row(sequences, p.rows, position) * num_channels + channel, 0,
+      std::memset(static_cast<E*>(p.dx) + row_at(sequences, p.rows, position).row * num_channels + channel, 0,
                   lanes * sizeof(E));
       ++position;
       continue;
@@ -146,7 +146,7 @@ void bwd(const CausalConv1dBwdParams& p, int64_t token_block, int64_t channel_bl
                                                       : nullptr;
       input_gradient(filter, tail, scratch.gradients + (t - begin) * kConvBlockChannels,
                      std::min<int64_t>(width, walk.end() - t), d_final, lanes,
-                     static_cast<E*>(p.dx) + packed_row(sequences, p.rows, t) * num_channels + channel);
+                     static_cast<E*>(p.dx) + row_at(sequences, p.rows, t).row * num_channels + channel);
     }
     position = end;
   }
@@ -163,8 +163,8 @@ void bwd_state(const CausalConv1dBwdParams& p, int64_t seq_idx, int64_t channel_
   const int64_t num_channels = p.shape.num_channels;
   const int64_t channel = channel_block * kConvBlockChannels;
   const int64_t lanes = std::min(kConvBlockChannels, num_channels - channel);
-  const PackedSequence sequence = packed_sequence(p.shape.sequences, p.cu_seqlens, seq_idx);
-  const int64_t length = sequence.end - sequence.begin, seen = std::min<int64_t>(length, tail);
+  const RecurrenceSequence sequence = sequence_at(p.shape.sequences, p.cu_seqlens, p.rows, seq_idx);
+  const int64_t length = sequence.length, seen = std::min<int64_t>(length, tail);
   Arena arena(buffer);
   BwdScratch<T> scratch(p.shape, arena);
   scratch.filter.load(p, channel, lanes);
@@ -213,7 +213,7 @@ void step(const CausalConv1dStepParams& p, int64_t seq_idx, void* scratch) {
     std::memset(y, 0, num_channels * sizeof(E));
     return;
   }
-  const E* x = input_row<E>(p, seq_idx, 0);
+  const E* x = input_row<E>(p, row_at(p.shape.sequences, nullptr, seq_idx), 0);
   E* state = static_cast<E*>(p.state) + slot * tail * num_channels;
   Arena arena(scratch);
   Filter<T> filter(p.shape, arena);

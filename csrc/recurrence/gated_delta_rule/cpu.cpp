@@ -18,16 +18,6 @@ RecurrenceSequence step_sequence(const GatedDeltaRuleStepParams& params, int64_t
   return {n, n, 1, {n, n / shape.seqlen, n % shape.seqlen}, nullptr};
 }
 
-/// Row of the state tensors that sequence n works on, or -1: none.
-int64_t step_slot(const GatedDeltaRuleStepParams& params, int64_t n) {
-  const int64_t num_memories = params.memories ? params.num_memories : 1;
-  const int64_t token = params.memories ? n % params.shape.seqlen : n;
-  const int64_t state = params.state_indices ? params.state_indices[token] : token;
-  const int64_t memory = params.memories ? params.memories[n] : 0;
-  if (state < 0 || state >= params.num_slots / num_memories || memory < 0 || memory >= num_memories) return -1;
-  return state * num_memories + memory;
-}
-
 }  // namespace
 
 int64_t gated_delta_rule_fwd_workspace(const GatedDeltaRuleFwdParams&, const Launch&) { return 0; }
@@ -87,7 +77,8 @@ Error gated_delta_rule_step(const GatedDeltaRuleStepParams& params, const Launch
       [&](int64_t task, void* scratch) {
         const int64_t n = task / shape.num_value_heads, value_head = task % shape.num_value_heads;
         const RecurrenceSequence sequence = step_sequence(params, n);
-        const int64_t slot = step_slot(params, n);
+        const int64_t slot =
+            step_slot(shape, params.state_indices, params.memories, params.num_memories, params.num_slots, n);
         if (slot < 0) {
           const int64_t head_bytes = shape.value_dim * size_of(params.dtype);
           for (int64_t t = 0; t < sequence.length; ++t) {

@@ -87,7 +87,8 @@ def test_matches_the_definition(kernels, sizes, activation, dtype):
     assert torch.equal(final_state.double(), oracle["final_state"])
     for name, value in have.items():
         if value.numel():
-            assert_accurate(value, oracle[name], yardstick[name].to(value.dtype), name, dtype=dtype)
+            plain = None if dtype == torch.float64 else yardstick[name].to(value.dtype)
+            assert_accurate(value, oracle[name], plain, name, dtype=dtype)
 
 
 def routed(J=3, T=40, num_segments=6, dropped=7, seed=3):

@@ -1,0 +1,610 @@
+// One walk over the chunks of a sequence: a linear recurrence with scalar decay, read at every token.
+//
+//   forward   Z_t = e^{g_t} Z_{t-1} + x_t w_t^T          out_t = scale Z_t r_t
+//   reverse   Z_t = e^{g_{t+1}} Z_{t+1} + scale x_t w_t^T  out_t = Z_t r_t
+//
+// x, out have the channels of one side of the state, w and r those of the other. The operator is four of these walks:
+//   o   forward   x = v    w = k    r = q          dv  reverse   x = d_o  w = q    r = k
+//   dq  forward   x = k    w = v    r = d_o        dk  reverse   x = q    w = d_o  r = v
+//
+// Per chunk, with G the cumulative log decay in it, D_ij = e^{G_i - G_j} for i >= j and Z the state at its near end:
+//   forward   out_i = scale e^{G_i} Z r_i + sum_j P_ij x_j     Z <- e^{G_C} Z + sum_j e^{G_C - G_j} x_j w_j^T
+//   reverse   out_j = e^{G_C - G_j} Z r_j + sum_i P_ij x_i     Z <- e^{G_C} Z + sum_i scale e^{G_i} x_i w_i^T
+//   P_ij = scale D_ij (later_i . earlier_j), later and earlier being r and w or w and r
+//
+// kHasDots adds what the gate's gradient needs, in the rectangle form where nothing cancels:
+//   dg_t = sum_{j < t <= i} M_ij + sum_{i >= t} later_i + sum_{j < t} earlier_j + e^{G_C} <S, dS>
+//   forward (dq): M_ij = P_ij (q_i . k_j) and later_i = q_i . (inter-chunk part of dq_i)
+//   reverse (dk): earlier_j = k_j . (inter-chunk part of dk_j) and the states' product
+// each over the 64 channels of x of the CTA; gate_kernel sums the tiles.
+//
+// Grid: (sequence, span, value head, 64 channels of x), flattened on x, tiles fastest. Warp w owns 16 channels of x: Z
+// is its accumulators, every product has its left operand in registers and its right one in shared memory.
+// A stage holds w, r, x (and y) of a chunk; with two of them the next chunk is copied while this one is worked on.
+#pragma once
+#include <type_traits>
+
+#include "common/copy.cuh"
+#include "common/reduce.cuh"
+#include "recurrence/sequence.cuh"
+#include "recurrence/simple_gla/walk.h"
+
+namespace remora {
+
+/// Rows of the [B, T] tensors by packed position.
+struct RowMap {
+  const int32_t* rows;
+  int64_t seqlen, num_rows;
+  __device__ __forceinline__ int64_t operator()(int64_t position) const {
+    return rows == nullptr ? position : min(max(int64_t{rows[position]}, int64_t{0}), num_rows - 1);
+  }
+  __device__ __forceinline__ int64_t offset(const TokenStrides& stride, int64_t position) const {
+    const int64_t row = (*this)(position);
+    return row / seqlen * stride.batch + row % seqlen * stride.token;
+  }
+};
+
+/// Sequences of packed positions: with rows, they run over the whole [B * T].
+__device__ __forceinline__ Sequence find_packed_sequence(const RecurrenceShape& shape, const int32_t* cu_seqlens,
+                                                         const int32_t* rows, int64_t seq_idx) {
+  RecurrenceShape packed = shape;
+  if (rows != nullptr) packed.seqlen = shape.batch * shape.seqlen;
+  return find_sequence(packed, cu_seqlens, seq_idx);
+}
+
+template <typename T, int ROWS, int COLS>
+__device__ __forceinline__ void copy_rows(uint32_t dst, const WalkTensor& tensor, int64_t head, int col0,
+                                          const RowMap& map, int64_t position, int num_rows, bool is_aligned) {
+  const T* src = static_cast<const T*>(tensor.data) + head / tensor.group_size * tensor.stride.head + col0;
+  const int num_cols = min(tensor.num_channels - col0, COLS);
+  if (map.rows == nullptr) {
+    copy_tile_async<T, ROWS, COLS, kWalkThreads>(dst, src + map.offset(tensor.stride, position), tensor.stride.token,
+                                                 num_rows, num_cols, is_aligned, threadIdx.x);
+    return;
+  }
+  constexpr int kElements = 16 / sizeof(T), kUnits = COLS / kElements;
+  const int col = threadIdx.x % kUnits * kElements;
+#pragma unroll 1
+  for (int row = threadIdx.x / kUnits; row < ROWS; row += kWalkThreads / kUnits) {
+    const bool is_valid = row < num_rows && col < num_cols;
+    const T* unit = is_valid ? src + map.offset(tensor.stride, position + row) + col : src;
+    const uint32_t to = dst + SmemTile<T, COLS>::offset(row, col);
+    if (is_aligned) {
+      cp_async_16(to, unit, is_valid);
+    } else {
+      store_shared(to, load_unaligned_16(unit, is_valid ? num_cols - col : 0));
+    }
+  }
+}
+
+/// Calls f(register, offset) for every accumulator of a state that lies in the matrix.
+template <int TILES, typename F>
+__device__ __forceinline__ void for_each_state(int num_x, int num_d, int64_t stride_x, int64_t stride_d, F f) {
+  const int x = threadIdx.x % 32 / 4, d = threadIdx.x % 4 * 2;
+#pragma unroll
+  for (int i = 0; i < TILES; ++i) {
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      const int row = x + r / 2 * 8, col = d + i * 8 + r % 2;
+      if (row < num_x && col < num_d) f(i, r, row * stride_x + col * stride_d);
+    }
+  }
+}
+
+/// Finite part of x and the first (kReverse: last) token, within the 16, that was not finite, per row of the lane.
+template <typename T, bool kReverse>
+__device__ __forceinline__ void clear_non_finite(FragA<T>& x, int (&bad)[2]) {
+  const int col = threadIdx.x % 4 * 2;
+  bad[0] = bad[1] = kReverse ? -1 : 16;
+#pragma unroll
+  for (int pair = 0; pair < 4; ++pair) {
+    float2 value = pair_of(x, pair);
+    const auto mark = [&](int token) {
+      bad[pair % 2] = kReverse ? max(bad[pair % 2], token) : min(bad[pair % 2], token);
+    };
+    if (!isfinite(value.x)) mark(col + pair / 2 * 8), value.x = 0.f;
+    if (!isfinite(value.y)) mark(col + pair / 2 * 8 + 1), value.y = 0.f;
+    set_pair(x, pair, value);
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) bad[i] = kReverse ? warp_max<4>(bad[i]) : warp_min<4>(bad[i]);
+}
+
+__device__ __forceinline__ float sum_over_rows(float x) {
+#pragma unroll
+  for (int mask = 4; mask < 32; mask *= 2) x += __shfl_xor_sync(kFullWarp, x, mask);
+  return x;
+}
+__device__ __forceinline__ float sum_over_quad(float x) { return warp_sum<4>(x); }
+
+/// Sum over this lane and those above it, within groups of kLanes.
+template <int kLanes>
+__device__ __forceinline__ float suffix_sum(float x) {
+#pragma unroll
+  for (int delta = 1; delta < kLanes; delta *= 2) {
+    const float above = __shfl_down_sync(kFullWarp, x, delta, kLanes);
+    if (threadIdx.x % kLanes + delta < kLanes) x += above;
+  }
+  return x;
+}
+/// Sum over the lanes below this one, within groups of kLanes.
+template <int kLanes>
+__device__ __forceinline__ float exclusive_sum(float x) {
+  const int lane = threadIdx.x % kLanes;
+#pragma unroll
+  for (int delta = 1; delta < kLanes; delta *= 2) {
+    const float below = __shfl_up_sync(kFullWarp, x, delta, kLanes);
+    if (lane >= delta) x += below;
+  }
+  const float before = __shfl_up_sync(kFullWarp, x, 1, kLanes);
+  return lane == 0 ? 0.f : before;
+}
+
+template <typename T, int DIM, bool kReverse, bool kHasDots>
+__global__ void __launch_bounds__(kWalkThreads, 1) simple_gla_walk_kernel(const __grid_constant__ WalkParams params) {
+  constexpr int BLOCK_T = walk_block_t(sizeof(T)), NUM_BLOCKS = BLOCK_T / 16;
+  constexpr int NUM_CAUSAL = NUM_BLOCKS * (NUM_BLOCKS + 1) / 2;
+  constexpr int kPerLane = BLOCK_T / 32;
+  constexpr bool kForwardDots = kHasDots && !kReverse, kReverseDots = kHasDots && kReverse;
+  using Tile = SmemTile<T, DIM>;
+  using TileX = SmemTile<T, kWalkBlockX>;
+  using Block = SmemBlock<T>;
+  using Saved = std::conditional_t<std::is_same_v<T, __nv_bfloat16>, __nv_bfloat16, float>;
+  constexpr float kLog2e = 1.4426950408889634f;
+
+  extern __shared__ __align__(128) char smem[];
+  const uint32_t smem_stages = smem_address(smem);
+  constexpr int kStageSize = walk_stage_size(sizeof(T), DIM, kHasDots);
+  constexpr int kTileSize = BLOCK_T * DIM * sizeof(T), kTileXSize = BLOCK_T * kWalkBlockX * sizeof(T);
+  char* smem_after = smem + params.num_stages * kStageSize;
+  const uint32_t smem_p = smem_address(smem_after);
+  const int warp_idx = threadIdx.x / 32, lane_idx = threadIdx.x % 32;
+  const int lane_row = lane_idx / 4, lane_col = lane_idx % 4 * 2;
+  float* floats = reinterpret_cast<float*>(smem_after + NUM_CAUSAL * Block::SIZE);
+  float* in_coef = floats + warp_idx * 3 * BLOCK_T;  // e^{G_i}
+  float* out_coef = in_coef + BLOCK_T;               // e^{G_C - G_i}
+  float* cumsum = out_coef + BLOCK_T;
+  float* const read_coef = kReverse ? out_coef : in_coef;
+  float* const write_coef = kReverse ? in_coef : out_coef;
+  float* smem_products = floats + 4 * 3 * BLOCK_T;   // [4]
+  float* smem_dots = smem_products + 4;              // [4][BLOCK_T]
+  float* smem_rect = smem_dots + 4 * BLOCK_T;        // [BLOCK_T] rectangles of the diagonal blocks
+  float* smem_rows = smem_rect + BLOCK_T;            // [NUM_CAUSAL][16] sums of M over a block's columns
+  float* smem_cols = smem_rows + NUM_CAUSAL * 16;    // over its rows
+  float* smem_totals = smem_cols + NUM_CAUSAL * 16;  // [NUM_CAUSAL]
+
+  // Work of the CTA
+  const RecurrenceShape& shape = params.shape;
+  int64_t index = blockIdx.x;
+  const int tile = static_cast<int>(index % params.num_x_tiles);
+  index /= params.num_x_tiles;
+  const int64_t num_heads = shape.num_value_heads, head = index % num_heads;
+  index /= num_heads;
+  const int64_t span = index % params.num_spans, seq_idx = index / params.num_spans;
+  const Sequence seq = find_packed_sequence(shape, params.cu_seqlens, params.rows, seq_idx);
+  const int64_t begin = span * params.span_tokens, end = min(begin + params.span_tokens, seq.num_tokens);
+  if (span > 0 && begin >= end) return;
+  const int num_tokens = static_cast<int>(end - begin), num_chunks = (num_tokens + BLOCK_T - 1) / BLOCK_T;
+  const bool is_first = kReverse ? end == seq.num_tokens : span == 0;  // walked first
+  const bool is_last = kReverse ? span == 0 : end == seq.num_tokens;
+  const bool is_summary = params.out == nullptr;
+  const int64_t first_position = seq.first_token + begin;
+  const RowMap map{params.rows, shape.seqlen, shape.batch * shape.seqlen};
+
+  const int x_dim = params.x.num_channels, d_dim = params.write.num_channels;
+  const int x0 = tile * kWalkBlockX, warp_x = warp_idx * 16;
+  const int num_x = min(max(x_dim - x0 - warp_x, 0), 16);
+  const int64_t state_size = int64_t{x_dim} * d_dim;
+  const int64_t state_offset = (seq_idx * num_heads + head) * state_size + (x0 + warp_x) * params.entry_stride_x;
+  const int64_t inner_offset = head * state_size + (x0 + warp_x) * params.saved_stride_x;
+  const int64_t slot_stride = num_heads * state_size;
+  const auto for_each = [&](int64_t stride_x, int64_t stride_d, auto f) {
+    for_each_state<DIM / 8>(num_x, d_dim, stride_x, stride_d, f);
+  };
+  const int64_t span_slot = seq.first_token / params.span_tokens + seq_idx + span;
+  const int64_t saved_slot = first_state_slot(seq.first_token, seq_idx) + begin / kStateInterval;
+  const int64_t chunk_slot = seq.first_token / BLOCK_T + seq_idx + begin / BLOCK_T;
+
+  // State at the near end of the span
+  FragC z[DIM / 8] = {};
+  if (!kReverse && params.saved_use == WalkParams::kStartFrom) {
+    if (num_tokens > 0) {
+      const Saved* src = static_cast<const Saved*>(params.saved_states) + saved_slot * slot_stride + inner_offset;
+      for_each(params.saved_stride_x, params.saved_stride_d,
+               [&](int i, int r, int64_t at) { z[i].r[r] = static_cast<float>(src[at]); });
+    }
+  } else if (is_first) {
+    if (params.entry != nullptr) {
+      const float* src = params.entry + state_offset;
+      for_each(params.entry_stride_x, params.entry_stride_d, [&](int i, int r, int64_t at) { z[i].r[r] = src[at]; });
+    }
+  } else if (!is_summary) {
+    const float* src = params.span_states + span_slot * slot_stride + inner_offset;
+    for_each(params.saved_stride_x, params.saved_stride_d, [&](int i, int r, int64_t at) { z[i].r[r] = src[at]; });
+  }
+
+  const auto chunk_at = [&](int step) { return kReverse ? num_chunks - 1 - step : step; };
+  float next_g[kPerLane] = {};
+  const auto copy_chunk = [&](int step, int stage_idx) {
+    if (step < num_chunks) {
+      const int chunk = chunk_at(step), valid = min(num_tokens - chunk * BLOCK_T, BLOCK_T);
+      const int64_t position = first_position + chunk * BLOCK_T;
+      uint32_t dst = smem_stages + stage_idx * kStageSize;
+      copy_rows<T, BLOCK_T, DIM>(dst, params.write, head, 0, map, position, valid, params.is_aligned);
+      if (!is_summary) {
+        copy_rows<T, BLOCK_T, DIM>(dst + kTileSize, params.read, head, 0, map, position, valid, params.is_aligned);
+      }
+      dst += 2 * kTileSize;
+      copy_rows<T, BLOCK_T, kWalkBlockX>(dst, params.x, head, x0, map, position, valid, params.is_aligned);
+      if constexpr (kHasDots) {
+        copy_rows<T, BLOCK_T, kWalkBlockX>(dst + kTileXSize, params.y, head, x0, map, position, valid,
+                                           params.is_aligned);
+      }
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) {
+        const int token = lane_idx + i * 32;
+        const bool is_valid = params.g != nullptr && token < valid;
+        const float g = is_valid ? params.g[map(position + token) * num_heads + head] : 0.f;
+        next_g[i] = g < -88.f ? -88.f : g;
+      }
+    }
+    cp_async_commit();
+  };
+
+  float span_decay = 1.f;
+  copy_chunk(0, 0);
+#pragma unroll 1
+  for (int step = 0; step < num_chunks; ++step) {
+    const int chunk = chunk_at(step), valid = min(num_tokens - chunk * BLOCK_T, BLOCK_T);
+    const int64_t position = first_position + chunk * BLOCK_T;
+    const int stage_idx = params.num_stages == 2 ? step % 2 : 0;
+    const uint32_t tile_w = smem_stages + stage_idx * kStageSize, tile_r = tile_w + kTileSize;
+    const uint32_t tile_x = tile_r + kTileSize, tile_y = tile_x + kTileXSize;
+
+    // Gates of this chunk; each warp has its own copy
+    float g_sum[kPerLane], g_before = 0.f;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      g_sum[i] = g_before + warp_inclusive_sum(next_g[i] * kLog2e);
+      g_before = __shfl_sync(kFullWarp, g_sum[i], 31);
+    }
+    const float decay = exp2_approx(g_before);
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      const int token = lane_idx + i * 32;
+      cumsum[token] = g_sum[i];
+      in_coef[token] = params.scale * exp2_approx(g_sum[i]);
+      out_coef[token] = exp2_approx(g_before - g_sum[i]);
+    }
+    span_decay *= decay;
+    cp_async_wait<0>();
+    __syncthreads();
+    if (params.num_stages == 2) copy_chunk(step + 1, stage_idx ^ 1);
+
+    // States between the chunks, for the backward pass or within it
+    if (!kReverse && !is_summary && params.saved_use != WalkParams::kNone) {
+      const int in_interval = chunk % (kStateInterval / BLOCK_T);
+      Saved* dst = nullptr;
+      if (params.saved_use == WalkParams::kWrite) {
+        if (in_interval == 0) {
+          dst = static_cast<Saved*>(params.saved_states) +
+                (saved_slot + chunk / (kStateInterval / BLOCK_T)) * slot_stride;
+        }
+      } else if (in_interval != 0 && params.chunk_states != nullptr) {
+        dst = static_cast<Saved*>(params.chunk_states) + (chunk_slot + chunk) * slot_stride;
+      }
+      if (dst != nullptr) {
+        for_each(params.saved_stride_x, params.saved_stride_d,
+                 [&](int i, int r, int64_t at) { dst[inner_offset + at] = static_cast<Saved>(z[i].r[r]); });
+      }
+    }
+    if constexpr (kReverseDots) {
+      const int in_interval = chunk % (kStateInterval / BLOCK_T);
+      const Saved* src = in_interval == 0
+                             ? static_cast<const Saved*>(params.saved_states) +
+                                   (saved_slot + chunk / (kStateInterval / BLOCK_T)) * slot_stride
+                             : static_cast<const Saved*>(params.chunk_states) + (chunk_slot + chunk) * slot_stride;
+      float product = 0.f;
+      for_each(params.saved_stride_x, params.saved_stride_d, [&](int i, int r, int64_t at) {
+        product = fmaf(z[i].r[r], static_cast<float>(src[inner_offset + at]), product);
+      });
+      product = warp_sum(product);
+      if (lane_idx == 0) smem_products[warp_idx] = product * decay;
+    }
+
+    if (!is_summary) {
+      // P, its blocks dealt to the warps
+      for (int block = warp_idx; block < NUM_CAUSAL; block += 4) {
+        int i = 0;
+        while ((i + 1) * (i + 2) / 2 <= block) ++i;
+        const int j = block - i * (i + 1) / 2;
+        const uint32_t later = kReverse ? tile_w : tile_r, earlier = kReverse ? tile_r : tile_w;
+        FragC p[2] = {};
+#pragma unroll
+        for (int d = 0; d < DIM; d += 16) {
+          const FragA<T> a = Tile::load_a(later, i * 16, d);
+          FragB<T> b[2];
+          Tile::load_b(b, earlier, j * 16, d);
+          mma(p[0], a, b[0]);
+          mma(p[1], a, b[1]);
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+#pragma unroll
+          for (int r = 0; r < 4; ++r) {
+            const int row = i * 16 + lane_row + r / 2 * 8, col = j * 16 + half * 8 + lane_col + r % 2;
+            const float weight = params.scale * exp2_approx(cumsum[row] - cumsum[col]);
+            p[half].r[r] = row >= col ? p[half].r[r] * weight : 0.f;
+          }
+        }
+        Block::store_c(smem_p + block * Block::SIZE, p);
+        if constexpr (kForwardDots) {
+          // M = P (y_i . x_j) off the diagonal, its sums over rows, columns and rectangles
+          FragC m[2] = {};
+#pragma unroll
+          for (int d = 0; d < kWalkBlockX; d += 16) {
+            const FragA<T> a = TileX::load_a(tile_y, i * 16, d);
+            FragB<T> b[2];
+            TileX::load_b(b, tile_x, j * 16, d);
+            mma(m[0], a, b[0]);
+            mma(m[1], a, b[1]);
+          }
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+#pragma unroll
+            for (int r = 0; r < 4; ++r) {
+              const int row = lane_row + r / 2 * 8, col = half * 8 + lane_col + r % 2;
+              m[half].r[r] = i > j || row > col ? m[half].r[r] * p[half].r[r] : 0.f;
+            }
+          }
+          if (i > j) {
+            float total = 0.f;
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+              const float sum =
+                  sum_over_quad((m[0].r[2 * r] + m[0].r[2 * r + 1]) + (m[1].r[2 * r] + m[1].r[2 * r + 1]));
+              if (lane_idx % 4 == 0) smem_rows[block * 16 + lane_row + r * 8] = sum;
+              total += sum;
+            }
+            total = sum_over_rows(total);
+            if (lane_idx == 0) smem_totals[block] = total;
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+#pragma unroll
+              for (int c = 0; c < 2; ++c) {
+                const float sum = sum_over_rows(m[half].r[c] + m[half].r[c + 2]);
+                if (lane_idx < 4) smem_cols[block * 16 + half * 8 + lane_col + c] = sum;
+              }
+            }
+          } else {
+            // Sums over j < t of a row, then over the rows i >= t
+            float rect[4] = {};
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+              float before_half = 0.f;
+#pragma unroll
+              for (int half = 0; half < 2; ++half) {
+                const float first = m[half].r[2 * r], both = first + m[half].r[2 * r + 1];
+                const float before = before_half + exclusive_sum<4>(both);
+                const int row = lane_row + r * 8, col = half * 8 + lane_col;
+                rect[half * 2] += row >= col ? before : 0.f;
+                rect[half * 2 + 1] += row >= col + 1 ? before + first : 0.f;
+                before_half = sum_over_quad(both);
+              }
+            }
+#pragma unroll
+            for (int c = 0; c < 4; ++c) {
+              const float sum = sum_over_rows(rect[c]);
+              if (lane_idx < 4) smem_rect[i * 16 + c / 2 * 8 + lane_col + c % 2] = sum;
+            }
+          }
+        }
+      }
+
+      // Z r
+      FragC out[BLOCK_T / 8] = {};
+#pragma unroll
+      for (int d = 0; d < DIM / 16; ++d) {
+        const FragA<T> a = make_a<T>(z[2 * d], z[2 * d + 1]);
+#pragma unroll
+        for (int n = 0; n < NUM_BLOCKS; ++n) {
+          FragB<T> b[2];
+          Tile::load_b(b, tile_r, n * 16, d * 16);
+          mma(out[2 * n], a, b[0]);
+          mma(out[2 * n + 1], a, b[1]);
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < BLOCK_T / 8; ++n) {
+#pragma unroll
+        for (int r = 0; r < 4; ++r) out[n].r[r] *= read_coef[n * 8 + lane_col + r % 2];
+      }
+      if constexpr (kHasDots) {
+#pragma unroll
+        for (int n = 0; n < NUM_BLOCKS; ++n) {
+          const FragA<T> y = TileX::load_a_trans(tile_y, n * 16, warp_x);
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const float2 top = pair_of(y, 2 * half), bottom = pair_of(y, 2 * half + 1);
+            const float (&o)[4] = out[2 * n + half].r;
+            const float first = sum_over_rows(o[0] * top.x + o[2] * bottom.x);
+            const float second = sum_over_rows(o[1] * top.y + o[3] * bottom.y);
+            if (lane_idx < 4) {
+              smem_dots[warp_idx * BLOCK_T + n * 16 + half * 8 + lane_col] = first;
+              smem_dots[warp_idx * BLOCK_T + n * 16 + half * 8 + lane_col + 1] = second;
+            }
+          }
+        }
+      }
+      __syncthreads();
+
+      // P x
+#pragma unroll
+      for (int from = 0; from < NUM_BLOCKS; ++from) {
+        const FragA<T> x = TileX::load_a_trans(tile_x, from * 16, warp_x);
+        FragA<T> finite = x;
+        int bad[2];
+        clear_non_finite<T, kReverse>(finite, bad);
+#pragma unroll
+        for (int to = 0; to < NUM_BLOCKS; ++to) {
+          if (kReverse ? to > from : to < from) continue;
+          const int later = kReverse ? from : to, earlier = kReverse ? to : from;
+          const uint32_t block = smem_p + (later * (later + 1) / 2 + earlier) * Block::SIZE;
+          FragB<T> b[2];
+          if constexpr (kReverse) {
+            Block::load_b_trans(b, block);
+          } else {
+            Block::load_b(b, block);
+          }
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            FragC& acc = out[2 * to + half];
+            mma(acc, to == from ? finite : x, b[half]);
+            if (to == from) {
+#pragma unroll
+              for (int r = 0; r < 4; ++r) {
+                const int token = half * 8 + lane_col + r % 2;
+                if (kReverse ? token <= bad[r / 2] : token >= bad[r / 2]) acc.r[r] = __int_as_float(0x7fffffff);
+              }
+            }
+          }
+        }
+      }
+
+      // Outputs
+      if (params.is_out_float || sizeof(T) == 4) {
+#pragma unroll
+        for (int n = 0; n < BLOCK_T / 8; ++n) {
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const int token = n * 8 + lane_col + e;
+            if (token >= valid) continue;
+            float* dst = static_cast<float*>(params.out) + (map(position + token) * num_heads + head) * x_dim + x0 +
+                         warp_x + lane_row;
+            if (lane_row < num_x) dst[0] = out[n].r[e];
+            if (lane_row + 8 < num_x) dst[8] = out[n].r[e + 2];
+          }
+        }
+      } else if constexpr (sizeof(T) == 2) {
+#pragma unroll
+        for (int n = 0; n < BLOCK_T / 8; ++n) {
+          const int token = n * 8 + lane_row;
+          const uint32_t lo = transpose_8x8(pack<T>(out[n].r[0], out[n].r[1]));
+          const uint32_t hi = transpose_8x8(pack<T>(out[n].r[2], out[n].r[3]));
+          if (token >= valid) continue;
+          T* dst = static_cast<T*>(params.out) + (map(position + token) * num_heads + head) * x_dim + x0 + warp_x;
+          if (params.is_aligned) {
+            if (lane_col < num_x) *reinterpret_cast<uint32_t*>(dst + lane_col) = lo;
+            if (lane_col + 8 < num_x) *reinterpret_cast<uint32_t*>(dst + lane_col + 8) = hi;
+          } else {
+            const float2 first = unpack<T>(lo), second = unpack<T>(hi);
+            if (lane_col < num_x) dst[lane_col] = static_cast<T>(first.x);
+            if (lane_col + 1 < num_x) dst[lane_col + 1] = static_cast<T>(first.y);
+            if (lane_col + 8 < num_x) dst[lane_col + 8] = static_cast<T>(second.x);
+            if (lane_col + 9 < num_x) dst[lane_col + 9] = static_cast<T>(second.y);
+          }
+        }
+      }
+
+      // The chunk's share of dg
+      if (kHasDots && threadIdx.x < BLOCK_T) {
+        const int token = threadIdx.x;
+        const auto dots_of = [&](int t) {
+          return (smem_dots[t] + smem_dots[BLOCK_T + t]) + (smem_dots[2 * BLOCK_T + t] + smem_dots[3 * BLOCK_T + t]);
+        };
+        float dg;
+        if constexpr (kReverse) {
+          dg = exclusive_sum<32>(dots_of(token));
+          if (BLOCK_T == 64) {
+            const float below = warp_sum(dots_of(lane_idx));
+            if (token >= 32) dg += below;
+          }
+          dg += (smem_products[0] + smem_products[1]) + (smem_products[2] + smem_products[3]);
+        } else {
+          dg = suffix_sum<32>(dots_of(token));
+          if (BLOCK_T == 64) {
+            const float above = warp_sum(dots_of(BLOCK_T - 32 + lane_idx));
+            if (token < 32) dg += above;
+          }
+          const int block = token / 16;
+          float as_row = 0.f, as_col = 0.f, over = 0.f;
+          for (int j = 0; j < block; ++j) as_row += smem_rows[(block * (block + 1) / 2 + j) * 16 + token % 16];
+          for (int i = block + 1; i < NUM_BLOCKS; ++i) {
+            as_col += smem_cols[(i * (i + 1) / 2 + block) * 16 + token % 16];
+            for (int j = 0; j < block; ++j) over += smem_totals[i * (i + 1) / 2 + j];
+          }
+          dg += ((suffix_sum<16>(as_row) + exclusive_sum<16>(as_col)) + over) + smem_rect[token];
+        }
+        if (token < valid) {
+          params.dots[(tile * map.num_rows + map(position + token)) * num_heads + head] = dg;
+        }
+      }
+    }
+
+    // The state leaving the chunk
+#pragma unroll
+    for (int i = 0; i < DIM / 8; ++i) {
+#pragma unroll
+      for (int r = 0; r < 4; ++r) z[i].r[r] *= decay;
+    }
+#pragma unroll
+    for (int n = 0; n < NUM_BLOCKS; ++n) {
+      FragA<T> x = TileX::load_a_trans(tile_x, n * 16, warp_x);
+#pragma unroll
+      for (int pair = 0; pair < 4; ++pair) {
+        const int token = n * 16 + lane_col + pair / 2 * 8;
+        const float2 value = pair_of(x, pair);
+        set_pair(x, pair, {value.x * write_coef[token], value.y * write_coef[token + 1]});
+      }
+#pragma unroll
+      for (int d = 0; d < DIM / 16; ++d) {
+        FragB<T> b[2];
+        Tile::load_b_trans(b, tile_w, n * 16, d * 16);
+        mma(z[2 * d], x, b[0]);
+        mma(z[2 * d + 1], x, b[1]);
+      }
+    }
+    if (params.num_stages == 1 && step + 1 < num_chunks) {
+      __syncthreads();
+      copy_chunk(step + 1, 0);
+    }
+  }
+
+  // State at the far end
+  if (is_summary) {
+    float* dst = params.span_states + span_slot * slot_stride + inner_offset;
+    for_each(params.saved_stride_x, params.saved_stride_d, [&](int i, int r, int64_t at) { dst[at] = z[i].r[r]; });
+    if (tile == 0 && threadIdx.x == 0) params.span_decays[span_slot * num_heads + head] = span_decay;
+  } else if (is_last && params.exit != nullptr) {
+    float* dst = params.exit + state_offset;
+    for_each(params.entry_stride_x, params.entry_stride_d, [&](int i, int r, int64_t at) { dst[at] = z[i].r[r]; });
+  }
+}
+
+template <typename T>
+cudaError_t launch_walk(const WalkParams& params, int dim, bool is_reverse, bool has_dots, int arch,
+                        cudaStream_t stream) {
+  const int max_smem = arch == 80 || arch == 87 ? 163 * 1024 : arch >= 90 && arch < 120 ? 227 * 1024 : 99 * 1024;
+  WalkParams walk = params;
+  walk.num_stages = walk_smem_size(sizeof(T), dim, has_dots, 2) <= max_smem ? 2 : 1;
+  const int smem_size = walk_smem_size(sizeof(T), dim, has_dots, walk.num_stages);
+  const int64_t num_ctas = walk.shape.num_seqs * walk.num_spans * walk.shape.num_value_heads * walk.num_x_tiles;
+  const auto launch = [&](auto kernel) {
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_size);
+    if (error != cudaSuccess) return error;
+    kernel<<<static_cast<unsigned>(num_ctas), kWalkThreads, smem_size, stream>>>(walk);
+    return cudaGetLastError();
+  };
+  const auto launch_dim = [&]<int DIM>(std::integral_constant<int, DIM>) {
+    if (is_reverse) {
+      return launch(has_dots ? simple_gla_walk_kernel<T, DIM, true, true>
+                             : simple_gla_walk_kernel<T, DIM, true, false>);
+    }
+    return launch(has_dots ? simple_gla_walk_kernel<T, DIM, false, true>
+                           : simple_gla_walk_kernel<T, DIM, false, false>);
+  };
+  return dim == 64 ? launch_dim(std::integral_constant<int, 64>{}) : launch_dim(std::integral_constant<int, 128>{});
+}
+
+}  // namespace remora

@@ -5,7 +5,7 @@
 // A thread owns four neighbouring channels and walks kConvBlockTokens packed positions, keeping the last W inputs in
 // registers: an input is read once, but for the W - 1 in front of a block. The backward pass also keeps the gradients
 // of the last W sums, since an input's gradient needs those of the W - 1 tokens behind it; it finishes input t when it
-// stands at t + W - 1. WIDTH is 4 or 8; a narrower filter leaves the oldest taps out.
+// stands at t + WIDTH - 1. WIDTH is 4 or 8; a narrower filter leaves the oldest taps out.
 //
 // Memory bound: forward 2 * sizeof(T) bytes an element, backward 3 * sizeof(T). Figures: README.md.
 #pragma once
@@ -300,7 +300,7 @@ __global__ void __launch_bounds__(kConvThreads)
     const int64_t end = min(last, range.end);
     ConvVector gradient[WIDTH] = {};  // of the sums at position - WIDTH + 1 ... position
     thread.load_window(p, seq_idx, range.begin, begin);
-    for (int64_t position = begin; position < end + tail; ++position) {
+    for (int64_t position = begin; position < end + WIDTH - 1; ++position) {
 #pragma unroll
       for (int j = 0; j + 1 < WIDTH; ++j) gradient[j] = gradient[j + 1];
       gradient[WIDTH - 1] = {};
@@ -320,7 +320,7 @@ __global__ void __launch_bounds__(kConvThreads)
           }
         }
       }
-      const int64_t done = position - tail;
+      const int64_t done = position - (WIDTH - 1);
       if (done < begin) continue;
       ConvVector dx = {};
       if (const int64_t kept = done - (range.end - tail); p.d_final_state != nullptr && kept >= 0) {
@@ -332,14 +332,9 @@ __global__ void __launch_bounds__(kConvThreads)
 #pragma unroll
       for (int j = 0; j < WIDTH; ++j) {
         if (j > tail || done + j >= range.end) continue;
-        // gradient[] is indexed from the oldest sum kept; `done` stands WIDTH - 1 - tail places from its front.
 #pragma unroll
-        for (int slot = 0; slot < WIDTH; ++slot) {
-          if (slot != WIDTH - 1 - tail + j) continue;
-#pragma unroll
-          for (int i = 0; i < kConvVector; ++i) {
-            dx.v[i] = fmaf(gradient[slot].v[i], thread.weight[WIDTH - 1 - j].v[i], dx.v[i]);
-          }
+        for (int i = 0; i < kConvVector; ++i) {
+          dx.v[i] = fmaf(gradient[j].v[i], thread.weight[WIDTH - 1 - j].v[i], dx.v[i]);
         }
       }
       store_channels(dx_at(done), dx, thread.num_valid, is_aligned);

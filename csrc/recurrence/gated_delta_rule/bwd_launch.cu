@@ -55,6 +55,7 @@ int64_t gated_delta_rule_bwd_workspace(const GatedDeltaRuleBwdParams& params, co
 }
 
 Error gated_delta_rule_bwd(const GatedDeltaRuleBwdParams& params, const Launch& launch) {
+  if (params.rows != nullptr) return "gated_delta_rule_bwd on CUDA does not take rows";
   if (params.shape.head_dim > 128) {
     return "gated_delta_rule_bwd on CUDA supports head_dim (K) up to 128: its accumulators fill the register file";
   }

@@ -36,6 +36,7 @@ int64_t gated_delta_rule_fwd_workspace(const GatedDeltaRuleFwdParams& params, co
 }
 
 Error gated_delta_rule_fwd(const GatedDeltaRuleFwdParams& params, const Launch& launch) {
+  if (params.rows != nullptr) return "gated_delta_rule_fwd on CUDA does not take rows";
   const RecurrenceShape& shape = params.shape;
   const cudaStream_t stream = static_cast<cudaStream_t>(launch.stream);
   const int64_t element_size = size_of(params.dtype);
@@ -89,6 +90,7 @@ Error gated_delta_rule_fwd(const GatedDeltaRuleFwdParams& params, const Launch& 
 Error gated_delta_rule_step(const GatedDeltaRuleStepParams& params, const Launch& launch) {
   const RecurrenceShape& shape = params.shape;
   const cudaStream_t stream = static_cast<cudaStream_t>(launch.stream);
+  if (params.memories != nullptr) return "gated_delta_rule_step on CUDA does not take memories";
   if (params.dtype == DType::kFloat64 || shape.head_dim > 256) {
     return "gated_delta_rule_step on CUDA: head_dim must be at most 256, dtype not float64";
   }

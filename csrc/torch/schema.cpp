@@ -30,4 +30,15 @@ STABLE_TORCH_LIBRARY(remora, m) {
       "gated_delta_rule_step_(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor beta, Tensor(a!) state, "
       "Tensor? state_indices, Tensor? memories, int num_memories, Tensor? a_log, Tensor? dt_bias, float scale, "
       "bool use_qk_l2norm, bool use_beta_sigmoid, bool allow_neg_eigval, bool state_v_first) -> Tensor");
+  m.def(
+      "mom_route_fwd(Tensor logits, Tensor? mask, int topk, bool renormalize, bool with_losses) "
+      "-> (Tensor weights, Tensor indices, Tensor lse, Tensor losses, Tensor counts)");
+  m.def(
+      "mom_route_bwd(Tensor logits, Tensor? mask, Tensor weights, Tensor indices, Tensor lse, Tensor counts, "
+      "Tensor d_weights, Tensor d_losses, bool renormalize, bool with_losses) -> Tensor");
+  m.def(
+      "route_plan(Tensor indices, Tensor? cu_seqlens, Tensor? mask, int seqlen, int num_memories, bool shared_memory, "
+      "int capacity, bool drop_oldest) -> (Tensor rows, Tensor positions, Tensor cu_seqlens, Tensor counts)");
+  m.def("mom_combine_fwd(Tensor o, Tensor weights) -> Tensor");
+  m.def("mom_combine_bwd(Tensor o, Tensor weights, Tensor d_out) -> (Tensor, Tensor)");
 }

@@ -68,14 +68,16 @@ inline ScalarType scalar_type_of(DType dtype) {
   }
 }
 
-/// An uninitialised tensor on the device of `like`; filled with NaN if REMORA_POISON is set, so that tests find what a
-/// kernel forgets to write.
+/// An uninitialised tensor on the device of `like`; filled with NaN (integers: 255, -2^31) if REMORA_POISON is set, so
+/// that tests find what a kernel forgets to write.
 inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
   static const bool poison = std::getenv("REMORA_POISON") != nullptr;
   const std::vector<int64_t> shape(sizes);
   Tensor out = torch::stable::new_empty(like, shape, type);
   if (poison && out.numel() > 0) {
-    torch::stable::fill_(out, type == ScalarType::Byte ? 255. : std::numeric_limits<double>::quiet_NaN());
+    const double integer = type == ScalarType::Byte ? 255. : std::numeric_limits<int32_t>::min();
+    const bool is_integer = type == ScalarType::Byte || type == ScalarType::Int;
+    torch::stable::fill_(out, is_integer ? integer : std::numeric_limits<double>::quiet_NaN());
   }
   return out;
 }

@@ -9,8 +9,19 @@ from remora.ops.recurrence import (
     fused_recurrent_gated_delta_rule,
     gated_delta_rule_step,
 )
+from remora.ops.routed import (
+    MomRoute,
+    RoutePlan,
+    mom_combine,
+    mom_gated_delta_rule,
+    mom_gated_delta_rule_step,
+    mom_route,
+    route_plan,
+)
 
 __all__ = [
+    "MomRoute",
+    "RoutePlan",
     "causal_conv1d",
     "causal_conv1d_step",
     "chunk_delta_rule",
@@ -18,4 +29,9 @@ __all__ = [
     "fused_recurrent_delta_rule",
     "fused_recurrent_gated_delta_rule",
     "gated_delta_rule_step",
+    "mom_combine",
+    "mom_gated_delta_rule",
+    "mom_gated_delta_rule_step",
+    "mom_route",
+    "route_plan",
 ]

@@ -22,7 +22,6 @@ from remora.ops.recurrence.gated_delta_rule.functional import (
     _check_inputs,
     _check_state,
     _Inputs,
-    _runs_on_cpu_kernels,
 )
 
 
@@ -85,7 +84,7 @@ def mom_route(
     """
     check.is_tensor(logits, "logits")
     _ext.require_backend(logits, "logits")
-    check.has_dtype(logits, "logits", check.FLOATS if _runs_on_cpu_kernels(logits) else check.FLOATS[1:])
+    check.has_dtype(logits, "logits", check.FLOATS if _ext.runs_on_cpu_kernels(logits) else check.FLOATS[1:])
     if logits.dim() != 3:
         raise ValueError(f"logits must have shape [B, T, M], got {list(logits.shape)}")
     B, T, M = logits.shape
@@ -167,7 +166,7 @@ def mom_combine(o: Tensor, weights: Tensor) -> Tensor:
     check.is_tensor(o, "o")
     check.is_tensor(weights, "weights")
     _ext.require_backend(o, "o")
-    check.has_dtype(o, "o", check.FLOATS if _runs_on_cpu_kernels(o) else check.FLOATS[1:])
+    check.has_dtype(o, "o", check.FLOATS if _ext.runs_on_cpu_kernels(o) else check.FLOATS[1:])
     if weights.dim() != 3:
         raise ValueError(f"weights must have shape [B, T, k], got {list(weights.shape)}")
     B, T, k = weights.shape
@@ -267,7 +266,7 @@ def mom_gated_delta_rule(
     B, T, topk = indices.shape
     J, memories = topk + shared_memory, num_memories + shared_memory
     x = _inputs_by_choice(q, k, v, g, beta, indices, scale, J)
-    if not _runs_on_cpu_kernels(x.q):
+    if not _ext.runs_on_cpu_kernels(x.q):
         check.in_range(x.q.shape[3], "on CUDA, the head size K of q and k", 1, MAX_CHUNK_HEAD_DIM_CUDA)
     if use_gate_in_kernel and g is None:
         raise ValueError("use_gate_in_kernel=True needs g, got None")

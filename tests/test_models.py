@@ -8,7 +8,16 @@ import pytest
 import torch
 from torch import nn
 
-from remora.models import LanguageModel, LanguageModelConfig, register_mixer, sample
+from remora.models import (
+    MOM_1_3B,
+    MOM_340M,
+    MOM_TINY,
+    LanguageModel,
+    LanguageModelConfig,
+    convert_released_mom,
+    register_mixer,
+    sample,
+)
 from remora.modules import Cache
 
 MIXER = {"head_dim": 8, "num_heads": 2, "num_v_heads": 4, "expand_v": 1.0}
@@ -147,6 +156,83 @@ def test_any_registered_mixer_can_be_used(tokens):
     model = LanguageModel(dataclasses.replace(CONFIG, mixer=name, mixer_options={"gain": 0.5}))
     assert model.layers[1].attn.gain == 0.5
     assert model(tokens).logits.shape == (2, 9, 50)
+
+
+def released_mom(config, single=False, num_memories=4, old=False):
+    """Random weights in the layout of the released checkpoints."""
+    D, options = config.hidden_size, config.mixer_options
+    H, width = options["num_heads"], options["num_heads"] * options["head_dim"]
+    sizes = {"k": width, "v": width, "a": H, "b": H}
+    shapes = {"embeddings.weight": [config.vocab_size, D], "norm.weight": [D]}
+    for layer in range(config.num_layers):
+        attn = {"q_proj.weight": [width, D], "gate.weight": [num_memories, D], "g_proj.weight": [width, D]}
+        attn |= {"o_proj.weight": [D, width], "o_norm.weight": [options["head_dim"]], "A_log": [H], "dt_bias": [H]}
+        attn |= {f"{name}_conv1d.weight": [width, 1, 4] for name in "qkv"} | ({"D": [H]} if old else {})
+        attn |= {f"shared_{name}.weight": [size, D] for name, size in sizes.items()}
+        if not single:
+            pairs = [(name, size, m) for name, size in sizes.items() for m in range(num_memories)]
+            attn |= {f"{name}_proj.{m}.weight": [size, D] for name, size, m in pairs}
+        shapes |= {f"layers.{layer}.attn.{name}": shape for name, shape in attn.items()}
+        shapes |= {f"layers.{layer}.{name}_norm.weight": [D] for name in ("attn", "mlp")}
+        inner = config.intermediate_size
+        mlp = {"gate_proj": [inner, D], "up_proj": [inner, D], "down_proj": [D, inner]}
+        shapes |= {f"layers.{layer}.mlp.{name}.weight": shape for name, shape in mlp.items()}
+    weights = {f"model.{name}": torch.randn(shape) * 0.1 for name, shape in shapes.items()}
+    if not config.tie_embeddings:
+        weights["lm_head.weight"] = torch.randn(config.vocab_size, D)
+    return weights
+
+
+class TestMixtureOfMemories:
+    def test_sizes_of_the_paper(self):
+        """The released models count 0.5 and 1.62 thousand million parameters."""
+        for config, expected in ((MOM_340M, 512_351_424), (MOM_1_3B, 1_618_419_904)):
+            with torch.device("meta"):
+                model = LanguageModel(config)
+                assert model.num_parameters == expected
+                released = released_mom(config)
+                assert sum(tensor.numel() for tensor in released.values()) == expected
+                model.load_state_dict(convert_released_mom(released), assign=True)
+
+    @pytest.mark.parametrize("old", [False, True], ids=["current", "with_unused_D"])
+    @pytest.mark.parametrize("single", [False, True], ids=["per_memory", "single"])
+    def test_released_weights_load(self, single, old):
+        config = dataclasses.replace(MOM_TINY, mixer_options=MOM_TINY.mixer_options | {"single_kv_proj": single})
+        released = released_mom(config, single, old=old)
+        model = LanguageModel(config)
+        model.load_state_dict(convert_released_mom(released))
+        layer = model.layers[1].attn
+        parts = [weight.split(layer.projected_sizes) for weight in layer.memory_proj.weight]
+        assert len(parts) == (1 if single else 5)
+        prefix = "model.layers.1.attn."
+        for idx, name in enumerate("kvab"):
+            assert torch.equal(parts[-1][idx], released[f"{prefix}shared_{name}.weight"])
+            if not single:
+                for m in range(4):
+                    assert torch.equal(parts[m][idx], released[f"{prefix}{name}_proj.{m}.weight"])
+        assert torch.equal(layer.router.weight, released[f"{prefix}gate.weight"])
+        assert torch.equal(layer.g_proj.weight, released[f"{prefix}g_proj.weight"])
+
+    def test_incomplete_weights_are_refused(self):
+        released = released_mom(MOM_TINY)
+        del released["model.layers.0.attn.b_proj.2.weight"]
+        with pytest.raises(ValueError, match=r"layers\.0\.attn are incomplete: b_proj\.2 missing"):
+            convert_released_mom(released)
+
+    def test_decodes_like_the_full_forward_and_reports_its_routing(self):
+        model = LanguageModel(dataclasses.replace(MOM_TINY, initializer_range=0.3))
+        tokens = torch.randint(256, (2, 9))
+        result = model.generate(tokens, 4, temperature=0)
+        with torch.no_grad():
+            expected = model(result[:, :-1]).logits[:, 8:].argmax(-1)
+        assert torch.equal(result[:, 9:], expected)
+        assert [int(routing.hits.sum()) for routing in model.routing] == [2 * 2 * 12] * 2
+
+    def test_all_parameters_learn(self):
+        model = LanguageModel(dataclasses.replace(MOM_TINY, initializer_range=0.3))
+        tokens = torch.randint(256, (2, 30))
+        model(tokens, tokens).loss.backward()
+        assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
 
 
 class TestGenerate:

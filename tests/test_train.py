@@ -210,10 +210,16 @@ def test_a_run_learns_and_leaves_everything(config, tmp_path):
     trainer = Trainer(config, out)
     assert trainer.run() is False
     assert sorted(p.name for p in out.iterdir()) == [
-        "checkpoint.pt", "config.json", "log.jsonl", "loss.png", "model.safetensors",
+        "checkpoint.pt", "config.json", "log.jsonl", "loss.png", "memories.png", "model.safetensors",
     ]  # fmt: skip
-    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert all((out / name).read_bytes().startswith(b"\x89PNG") for name in ("loss.png", "memories.png"))
     log = read_log(out)
+    for entry in log:
+        if "train_bits_per_byte" in entry:
+            usage = np.array(entry["memory_usage"])
+            assert usage.shape == (1, 4)
+            assert usage.sum() == pytest.approx(1)
+            assert 0.5 < entry["balance_loss"] <= 8
     train = [entry["train_bits_per_byte"] for entry in log if "train_bits_per_byte" in entry]
     validation = [entry for entry in log if "validation_bits_per_byte" in entry]
     assert [entry["step"] for entry in validation] == [30, 60]
@@ -230,9 +236,10 @@ def test_a_run_learns_and_leaves_everything(config, tmp_path):
     assert bits == pytest.approx(validation[1]["validation_bits_per_byte"], rel=1e-5)
 
 
-def test_stopping_and_resuming_changes_no_bit(config, tmp_path, backend):
+@pytest.mark.parametrize("mixer", ["mixture_of_memories", "gated_delta_net"])
+def test_stopping_and_resuming_changes_no_bit(config, tmp_path, backend, mixer):
     half = 10 if backend == "cpu" else 2
-    config = dataclasses.replace(config, steps=2 * half, eval_every=0)
+    config = dataclasses.replace(config, mixer=mixer, steps=2 * half, eval_every=0)
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     Trainer(config, straight).run()
     assert Trainer(config, stopped).run(until=half) is False
@@ -343,6 +350,7 @@ class TestCommandLine:
         baseline = re.search(r"baseline  order-2 byte n-gram: (\d\.\d{3}) bits per byte", printed.out).group(1)
         assert re.search(rf"validation \d\.\d{{3}} bits per byte; order-2 byte n-gram {baseline}\n", printed.out)
         assert "3/3" in printed.err
+        assert re.search(r"balance \d\.\d{3}, memories( \d+){4} %", printed.err)
 
         assert cli.main(command(config, out)) == 2
         assert "holds a run already" in capsys.readouterr().err

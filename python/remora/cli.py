@@ -1,4 +1,4 @@
-"""The command line: `python -m remora info | train | generate`."""
+"""The command line: `python -m remora info | train | generate | experiment`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 DEFAULT_OUT = "remora-run"
+DEFAULT_RECALL_OUT = "remora-recall"
 INTERRUPTED = 130  # 128 + SIGINT, what a shell reports
 
 # Options of `train` that set the field of TrainConfig of the same name.
@@ -21,7 +22,10 @@ TRAIN_OPTIONS: tuple[tuple[str, type, str], ...] = (
     ("seq_len", int, "bytes per window"),
     ("learning_rate", float, "peak learning rate"),
     ("warmup_steps", int, "steps over which the learning rate rises"),
-    ("mixer", str, "token mixer"),
+    ("mixer", str, "token mixer: mixture_of_memories (default) or gated_delta_net"),
+    ("num_memories", int, "memories of a mixture among which a token chooses"),
+    ("topk", int, "memories that a token chooses"),
+    ("balance_coefficient", float, "weight of the balance loss of the routers"),
     ("hidden_size", int, "width of the model"),
     ("num_layers", int, "number of layers"),
     ("num_heads", int, "heads of the mixer"),
@@ -33,6 +37,20 @@ TRAIN_OPTIONS: tuple[tuple[str, type, str], ...] = (
     ("eval_every", int, "steps between validations"),
     ("eval_bytes", int, "bytes of the validation split to measure on"),
     ("checkpoint_every", int, "steps between checkpoints"),
+)
+
+# Options of `experiment recall` that set the field of RecallConfig of the same name.
+RECALL_OPTIONS: tuple[tuple[str, type, str], ...] = (
+    ("data", str, "file or folder of text (default: the Python standard library's source)"),
+    ("seeds", int, "runs of each model"),
+    ("recall_steps", int, "optimizer steps on associative recall"),
+    ("text_steps", int, "optimizer steps on text"),
+    ("num_memories", int, "memories of the mixture"),
+    ("topk", int, "memories that a token chooses"),
+    ("hidden_size", int, "width of the models"),
+    ("head_dim", int, "size of a head"),
+    ("learning_rate", float, "peak learning rate"),
+    ("device", str, "cpu, cuda, cuda:N, or auto: a GPU if there is one"),
 )
 
 
@@ -76,6 +94,21 @@ def _make_parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=int, default=0, help="seed of the draw (default: %(default)s)")
     generate.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, or auto (default)")
     generate.add_argument("--dtype", default="float32", help="float32 or bfloat16 (default: %(default)s)")
+
+    experiment = commands.add_parser("experiment", help="compare memories")
+    experiments = experiment.add_subparsers(dest="name", required=True)
+    recall = experiments.add_parser(
+        "recall",
+        help="a mixture of memories against one memory, on recall",
+        description="Train a mixture of memories, one memory with as large a state and one with as many parameters on "
+        "associative recall and on text, and compare what they recall.",
+        argument_default=argparse.SUPPRESS,
+    )
+    recall.add_argument("--out", default=DEFAULT_RECALL_OUT, help="folder of the results (default: %(default)s)")
+    recall.add_argument("--quick", action="store_true", default=False, help="small models, a minute")
+    for name, kind, text in RECALL_OPTIONS:
+        recall.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
+    recall.add_argument("--pairs", type=int, nargs="+", help="numbers of key-value pairs")
     return parser
 
 
@@ -110,7 +143,7 @@ def _train(out: str, resume: bool, **given: Any) -> int:
         return INTERRUPTED
     bits = next(e["validation_bits_per_byte"] for e in reversed(trainer.log) if "validation_bits_per_byte" in e)
     _say(f"validation {bits:.3f} bits per byte; order-2 byte n-gram {trainer.baseline:.3f}")
-    _say(f"{trainer.seconds:.0f} s of training; model, checkpoint, log and loss curve are in {Path(out).resolve()}")
+    _say(f"{trainer.seconds:.0f} s of training; model, checkpoint, log and plots are in {Path(out).resolve()}")
     _say(f'next: python -m remora generate --checkpoint {out} --prompt "def "')
     return 0
 
@@ -148,4 +181,22 @@ def _generate(
     return 0
 
 
-COMMANDS: dict[str, Callable[..., int]] = {"info": _info, "train": _train, "generate": _generate}
+def _experiment(name: str, out: str, quick: bool, **given: Any) -> int:
+    from remora.experiments import RecallConfig, recall_table, run_recall
+
+    if "pairs" in given:
+        given["pairs"] = tuple(given["pairs"])
+    report = run_recall(RecallConfig.quick(**given) if quick else RecallConfig(**given), out)
+    _say(recall_table(report))
+    seeds, names = report["settings"]["seeds"], report["names"]
+    _say(f"percent of right values, and of {names} names completed: mean ± deviation of {seeds} seeds")
+    _say(f"{report['seconds']:.0f} s; numbers and plot are in {Path(out).resolve()}")
+    return 0
+
+
+COMMANDS: dict[str, Callable[..., int]] = {
+    "info": _info,
+    "train": _train,
+    "generate": _generate,
+    "experiment": _experiment,
+}

@@ -2,13 +2,18 @@
 
 from remora.models.language_model import LanguageModel, LanguageModelConfig, LanguageModelOutput
 from remora.models.mixers import Mixer, get_mixer, register_mixer
+from remora.models.mixture_of_memories import MOM_1_3B, MOM_340M, MOM_TINY, convert_released_mom
 from remora.models.sampling import sample
 
 __all__ = [
+    "MOM_1_3B",
+    "MOM_340M",
+    "MOM_TINY",
     "LanguageModel",
     "LanguageModelConfig",
     "LanguageModelOutput",
     "Mixer",
+    "convert_released_mom",
     "get_mixer",
     "register_mixer",
     "sample",

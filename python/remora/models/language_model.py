@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from remora.models.files import replacing
 from remora.models.mixers import Mixer, get_mixer
 from remora.models.sampling import sample
-from remora.modules import Cache, GroupedLinear, RMSNorm, SwiGLU
+from remora.modules import Cache, GroupedLinear, RMSNorm, Routing, SwiGLU
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -142,6 +142,12 @@ class LanguageModel(nn.Module):
     @property
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
+
+    @property
+    def routing(self) -> list[Routing]:
+        """What the routers of the layers that have one did in the last forward pass, in the layers' order."""
+        routings = (getattr(layer.attn, "routing", None) for layer in self.layers)
+        return [routing for routing in routings if isinstance(routing, Routing)]
 
     def forward(
         self,

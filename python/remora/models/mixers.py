@@ -7,7 +7,7 @@ from typing import Protocol, TypeVar
 
 from torch import Tensor, nn
 
-from remora.modules import Cache, GatedDeltaNet
+from remora.modules import Cache, GatedDeltaNet, MixtureOfMemories
 
 
 class Mixer(Protocol):
@@ -55,3 +55,4 @@ def get_mixer(name: str) -> MixerFactory:
 
 
 register_mixer("gated_delta_net")(GatedDeltaNet)
+register_mixer("mixture_of_memories")(MixtureOfMemories)

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -24,13 +25,15 @@ from tqdm import tqdm
 from remora import _ext
 from remora.models import LanguageModel, LanguageModelConfig
 from remora.models.files import replacing
+from remora.modules import GroupedLinear
 from remora.train.data import TrainingWindows, ValidationWindows, load_corpus
 from remora.train.ngram import ByteNgram
-from remora.train.plot import save_loss_curve
+from remora.train.plot import save_loss_curve, save_memory_usage
 
 CHECKPOINT_NAME = "checkpoint.pt"
 LOG_NAME = "log.jsonl"
 CURVE_NAME = "loss.png"
+USAGE_NAME = "memories.png"
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # What a resumed run may set anew; everything else is fixed by its first step.
@@ -44,6 +47,8 @@ class TrainConfig:
     Attributes:
         data: file or folder of text; None is the Python standard library's source.
         mixer: registered name of the token mixer.
+        num_memories, topk: of the mixture of memories, how many there are and how many of them a token chooses.
+        balance_coefficient: weight of the routers' balance loss, the mean over the layers, in the training loss.
         hidden_size, num_layers, num_heads, head_dim, intermediate_size: shape of the model.
         steps: optimizer steps.
         batch_size: windows per step.
@@ -61,7 +66,10 @@ class TrainConfig:
     """
 
     data: str | None = None
-    mixer: str = "gated_delta_net"
+    mixer: str = "mixture_of_memories"
+    num_memories: int = 4
+    topk: int = 2
+    balance_coefficient: float = 0.01
     hidden_size: int = 128
     num_layers: int = 4
     num_heads: int = 2
@@ -90,7 +98,9 @@ class TrainConfig:
 
     @property
     def model(self) -> LanguageModelConfig:
-        options = {"num_heads": self.num_heads, "head_dim": self.head_dim, "expand_v": 1.0}
+        options: dict[str, Any] = {"num_heads": self.num_heads, "head_dim": self.head_dim, "expand_v": 1.0}
+        if self.mixer == "mixture_of_memories":
+            options |= {"num_memories": self.num_memories, "topk": self.topk}
         return LanguageModelConfig(
             vocab_size=256,
             hidden_size=self.hidden_size,
@@ -136,8 +146,9 @@ class Trainer:
     """A training run in a folder.
 
     The folder receives `config.json` and `model.safetensors` (the model to use), `checkpoint.pt` (everything needed to
-    go on: model, optimizer, random state, data position), `log.jsonl` (one line per step and per validation) and
-    `loss.png`. Every file is replaced in one step, so the folder is usable whenever the process dies.
+    go on: model, optimizer, random state, data position), `log.jsonl` (one line per step and per validation),
+    `loss.png`, and of a model with routers `memories.png`. Every file is replaced in one step, so the folder is usable
+    whenever the process dies.
 
     A run that is interrupted and resumed ends with bitwise the same weights as one that is not.
 
@@ -168,7 +179,7 @@ class Trainer:
         )
         torch.manual_seed(config.seed)
         self.model = LanguageModel(config.model).to(self.device)
-        self.optimizer = make_optimizer(self.model, config)
+        self.optimizer = make_optimizer(self.model, config.learning_rate, config.weight_decay)
         self.step = 0
         self.num_windows_read = 0
         self.seconds = 0.0
@@ -196,7 +207,7 @@ class Trainer:
                 self.save()
             while self.step < last and not interrupted.is_set():
                 bits = self._train_step()
-                bar.set_postfix_str(f"{bits:.3f} bits/byte, {self._bytes_per_second():.0f} bytes/s", refresh=False)
+                bar.set_postfix_str(self._progress(bits), refresh=False)
                 bar.update()
                 if self._is_due(self.config.eval_every):
                     validation_bits = self.evaluate()
@@ -212,6 +223,14 @@ class Trainer:
     def _bytes_per_second(self) -> float:
         return self.num_windows_read * self.config.seq_len / max(self.seconds, 1e-9)
 
+    def _progress(self, bits: float) -> str:
+        parts = [f"{bits:.3f} bits/byte", f"{self._bytes_per_second():.0f} bytes/s"]
+        if "memory_usage" in self.log[-1]:
+            usage = np.mean(self.log[-1]["memory_usage"], axis=0)
+            parts.append(f"balance {self.log[-1]['balance_loss']:.3f}")
+            parts.append("memories " + " ".join(f"{100 * share:.0f}" for share in usage) + " %")
+        return ", ".join(parts)
+
     def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
@@ -224,7 +243,12 @@ class Trainer:
         inputs, targets = self.windows.batch(self.num_windows_read, self.config.batch_size)
         with self._autocast():
             loss = self.model(inputs.to(self.device), targets.to(self.device)).loss
-        loss.backward()
+        routing = self.model.routing
+        total = loss
+        if routing:
+            balance_loss = torch.stack([layer.balance_loss for layer in routing]).mean()
+            total = loss + self.config.balance_coefficient * balance_loss
+        total.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
         bits = float(loss.detach()) / math.log(2)
         if not math.isfinite(bits):
@@ -234,15 +258,18 @@ class Trainer:
         self.step += 1
         self.num_windows_read += self.config.batch_size
         self.seconds += time.perf_counter() - start
-        self._append_log(
-            {
-                "step": self.step,
-                "bytes": self.num_windows_read * self.config.seq_len,
-                "seconds": round(self.seconds, 3),
-                "learning_rate": learning_rate,
-                "train_bits_per_byte": bits,
-            }
-        )
+        entry: dict[str, Any] = {
+            "step": self.step,
+            "bytes": self.num_windows_read * self.config.seq_len,
+            "seconds": round(self.seconds, 3),
+            "learning_rate": learning_rate,
+            "train_bits_per_byte": bits,
+        }
+        if routing:
+            hits = torch.stack([layer.hits for layer in routing]).float()
+            entry["balance_loss"] = float(balance_loss.detach())
+            entry["memory_usage"] = (hits / hits.sum(1, keepdim=True).clamp(min=1)).tolist()
+        self._append_log(entry)
         return bits
 
     @torch.inference_mode()
@@ -289,6 +316,9 @@ class Trainer:
         if self.log:
             with replacing(self.out / CURVE_NAME) as temporary:
                 save_loss_curve(self.log, self.baseline, temporary)
+        if any("memory_usage" in entry for entry in self.log):
+            with replacing(self.out / USAGE_NAME) as temporary:
+                save_memory_usage(self.log, temporary)
 
     def _restore(self, checkpoint: dict[str, Any]) -> None:
         if checkpoint["data_fingerprint"] != self.corpus.fingerprint:
@@ -341,20 +371,27 @@ def resumed_config(out: str | os.PathLike[str], given: dict[str, Any]) -> TrainC
     return TrainConfig(**{**stored, **given})
 
 
-def make_optimizer(model: LanguageModel, config: TrainConfig) -> torch.optim.AdamW:
+def make_optimizer(model: LanguageModel, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
     """AdamW with weight decay on the matrices only: norms, gates and convolutions keep their scale."""
-    matrices = [p for p in model.parameters() if p.dim() == 2]
-    others = [p for p in model.parameters() if p.dim() != 2]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=True)
+    layers = (nn.Linear, nn.Embedding, GroupedLinear)
+    decayed = {id(module.weight) for module in model.modules() if isinstance(module, layers)}
+    matrices = [p for p in model.parameters() if id(p) in decayed]
+    others = [p for p in model.parameters() if id(p) not in decayed]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=True)
 
 
 def learning_rate_at(step: int, config: TrainConfig) -> float:
-    """Linear warm-up over `warmup_steps`, then a cosine to zero at `steps`."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+    """The configuration's learning rate at a step."""
+    return config.learning_rate * warmup_then_cosine(step, config.warmup_steps, config.steps)
+
+
+def warmup_then_cosine(step: int, warmup_steps: int, steps: int) -> float:
+    """Share of the peak learning rate: a linear warm-up over `warmup_steps`, then a cosine to zero at `steps`."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * progress))
 
 
 @contextmanager

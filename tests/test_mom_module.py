@@ -16,7 +16,6 @@ VARIANTS = {
     "single_kv": {"single_kv_proj": True},
     "top_1": {"topk": 1},
     "all": {"topk": 4},
-    "simple_gla": {"mixer": "simple_gla"},
     "no_gate": {"use_gate": False},
     "bias": {"conv_bias": True},
 }
@@ -31,7 +30,7 @@ def make(**options):
 
 
 def split(layer, weight):
-    """k, v, a and, if there is one, b of one memory's stacked projection."""
+    """k, v, a and b of one memory's stacked projection."""
     return weight.split(layer.projected_sizes)
 
 
@@ -55,10 +54,8 @@ def read_one(layer, x, weight):
     reads = []
     for t in range(x.shape[0]):
         state = state * decay[t, :, None, None]
-        write = v[t]
-        if layer.mixer == "gated_delta_rule":
-            beta = torch.sigmoid(x[t] @ parts[3].mT)
-            write = beta[:, None] * (v[t] - torch.einsum("hkv,hk->hv", state, k[t]))
+        beta = torch.sigmoid(x[t] @ parts[3].mT)
+        write = beta[:, None] * (v[t] - torch.einsum("hkv,hk->hv", state, k[t]))
         state = state + torch.einsum("hk,hv->hkv", k[t], write)
         reads.append(torch.einsum("hkv,hk->hv", state, q[t]) * K**-0.5)
     return torch.stack(reads) if reads else x.new_zeros(0, H, V)

@@ -21,12 +21,10 @@ from remora.ops import (
     mom_gated_delta_rule,
     mom_gated_delta_rule_step,
     mom_route,
-    mom_simple_gla,
-    mom_simple_gla_step,
     route_plan,
 )
 
-MemoryMixer = Literal["gated_delta_rule", "simple_gla"]
+MemoryMixer = Literal["gated_delta_rule"]
 Drop = Literal["newest", "oldest"]
 
 
@@ -50,7 +48,7 @@ class _Projected(NamedTuple):
     Attributes:
         q, k, v: `[J, R, H * K]`, `[J, R, H * K]`, `[J, R, H * V]`.
         g: log decay, `[J, R, H]` fp32.
-        beta: write strength, `[J, R, H]` fp32, or None.
+        beta: write strength, `[J, R, H]` fp32.
         memories: `[J, R]` int64, the memory of each choice; negative for none, `M` for the shared one.
         order: `[J * R]` int64, the choices `j * R + r` sorted by memory and then by token, those of no
             memory last.
@@ -61,7 +59,7 @@ class _Projected(NamedTuple):
     k: Tensor
     v: Tensor
     g: Tensor
-    beta: Tensor | None
+    beta: Tensor
     memories: Tensor
     order: Tensor
     ends: Tensor
@@ -94,13 +92,13 @@ class MixtureOfMemories(nn.Module):
         y                = W_o (rms_norm(o) silu(W_g x))
 
     `conv_m` and the recurrence of `S^m` run over the tokens of `C_m` alone, as if they were the whole sequence: a token
-    that does not choose a memory neither decays nor writes it. The memory is that of `GatedDeltaNet`, or with
-    `mixer="simple_gla"` `S_t = e^{g_t} S_{t-1} + k_t v_t^T`, without `beta`. The shared memory is chosen by every
+    that does not choose a memory neither decays nor writes it. The memory is that of `GatedDeltaNet`.
+    The shared memory is chosen by every
     token, with weight one.
 
     Source: Du, Sun, Lan, Hu, Cheng, "MoM: Linear Sequence Modeling with Mixture-of-Memories" (2025).
 
-    After a call, `routing` holds what the router did in it.
+    After a call, `routing` holds what the router did in it; None after a decode step, which computes no losses.
 
     Args:
         hidden_size: `D`, the size of input and output.
@@ -111,7 +109,7 @@ class MixtureOfMemories(nn.Module):
         topk: `k`, how many a token chooses.
         shared_memory: whether there is a memory that every token reads and writes.
         single_kv_proj: use one set of key, value and gate projections for all memories instead of one for each.
-        mixer: "gated_delta_rule" or "simple_gla".
+        mixer: how a memory is written: "gated_delta_rule".
         capacity: the most tokens a memory takes from a sequence in one call, the shared one aside. Those dropped
             neither write nor read it, and their other choices keep their weights. None takes all.
         drop: which tokens a full memory drops: the "newest", or the "oldest" as the first released implementation did,
@@ -185,10 +183,8 @@ class MixtureOfMemories(nn.Module):
         self.layer_idx = layer_idx
         self.routing: Routing | None = None
 
-        # Key, value, decay gate and, for the delta rule, write strength; the shared memory's maps are the last ones.
-        self.projected_sizes = [self.key_dim, self.value_dim, num_heads]
-        if mixer == "gated_delta_rule":
-            self.projected_sizes.append(num_heads)
+        # Key, value, decay gate and write strength; the shared memory's maps are the last ones.
+        self.projected_sizes = [self.key_dim, self.value_dim, num_heads, num_heads]
         self.num_slots = num_memories + int(shared_memory)
         self.router = nn.Linear(hidden_size, num_memories, bias=False)
         self.q_proj = nn.Linear(hidden_size, self.key_dim, bias=False)
@@ -248,11 +244,15 @@ class MixtureOfMemories(nn.Module):
             past = cache.get(self.layer_idx)
 
         mask = None if attention_mask is None else attention_mask != 0
-        weights, indices, balance_loss, z_loss, hits = mom_route(self.router(hidden_states), self.topk, mask=mask)
-        self.routing = Routing(balance_loss, z_loss, hits)
+        is_decode_step = past is not None and cu_seqlens is None and seqlen == 1 and not torch.is_grad_enabled()
+        weights, indices, balance_loss, z_loss, hits = mom_route(
+            self.router(hidden_states), self.topk, mask=mask, with_losses=not is_decode_step
+        )
+        self.routing = None
+        if balance_loss is not None and z_loss is not None and hits is not None:
+            self.routing = Routing(balance_loss, z_loss, hits)
 
         projected = self._project(hidden_states, indices, mask)
-        is_decode_step = cu_seqlens is None and seqlen == 1 and not torch.is_grad_enabled()
         if past is not None and is_decode_step:
             o = self._step(projected, weights, indices, past)
         else:
@@ -290,9 +290,9 @@ class MixtureOfMemories(nn.Module):
             all_rows = torch.where(slots == self.num_slots - 1, order.shape[0], ends).int()
             y = self.memory_proj(_Permute.apply(copies, order, inverse), all_rows)
             y = _Permute.apply(y, inverse, order).unflatten(0, (num_choices, num_tokens))
-        k, v, *gates = y.split(self.projected_sizes, dim=-1)
-        g = -self.A_log.float().exp() * F.softplus(gates[0].float() + self.dt_bias.float())
-        beta = gates[1].float().sigmoid() if len(gates) > 1 else None
+        k, v, a, b = y.split(self.projected_sizes, dim=-1)
+        g = -self.A_log.float().exp() * F.softplus(a.float() + self.dt_bias.float())
+        beta = b.float().sigmoid()
         return _Projected(q.expand(num_choices, -1, -1), k, v, g, beta, memories, order, ends)
 
     def _scan(
@@ -336,17 +336,17 @@ class MixtureOfMemories(nn.Module):
             )
             tokens.append(y)
             tails.append(tail)
-        op = mom_gated_delta_rule if self.mixer == "gated_delta_rule" else mom_simple_gla
-        o, state = op(
+        o, state = mom_gated_delta_rule(
             *self._per_token(tokens, projected, indices.shape[:2]),
             weights,
             indices,
             initial_state=None if past is None else past.recurrent_state,
             output_final_state=cache is not None,
             use_qk_l2norm_in_kernel=True,
+            plan=plan,
             **segments,
         )
-        if cache is not None and self.layer_idx is not None:
+        if cache is not None and self.layer_idx is not None and state is not None:
             conv_state = torch.cat(tails, dim=-1).unflatten(0, (num_sequences, self.num_slots))
             cache.set(self.layer_idx, LayerCache((conv_state,), state))
         return o
@@ -366,27 +366,23 @@ class MixtureOfMemories(nn.Module):
             num_memories=self.num_slots,
         )
         tokens = y.split([self.key_dim, self.key_dim, self.value_dim], dim=-1)
-        step = mom_gated_delta_rule_step if self.mixer == "gated_delta_rule" else mom_simple_gla_step
-        o: Tensor = step(
+        return mom_gated_delta_rule_step(
             *self._per_token(tokens, projected, indices.shape[:2]),
             weights,
             indices,
             past.recurrent_state,
-            num_memories=self.num_memories,
             shared_memory=self.shared_memory,
             use_qk_l2norm_in_kernel=True,
         )
-        return o
 
     @property
     def _convolutions(self) -> tuple[ShortConvolution, ShortConvolution, ShortConvolution]:
         return self.q_conv1d, self.k_conv1d, self.v_conv1d
 
     def _per_token(self, tokens: Sequence[Tensor], projected: _Projected, shape: Sequence[int]) -> list[Tensor]:
-        """Give q, k, v, g (and beta) `[J, B * T, H * *]` the operators' shape `[B, T, J, H, *]`; nothing is copied."""
+        """Give q, k, v, g and beta `[J, B * T, H * *]` the operators' shape `[B, T, J, H, *]`; nothing is copied."""
         heads = [x.unflatten(-1, (self.num_heads, -1)) for x in tokens]
-        gates = [projected.g] if projected.beta is None else [projected.g, projected.beta]
-        return [x.unflatten(1, tuple(shape)).movedim(0, 2) for x in (*heads, *gates)]
+        return [x.unflatten(1, tuple(shape)).movedim(0, 2) for x in (*heads, projected.g, projected.beta)]
 
     def _released_segments(
         self, projected: _Projected, shape: Sequence[int], cu_seqlens: Tensor | None

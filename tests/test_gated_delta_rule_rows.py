@@ -5,10 +5,7 @@ import torch
 import torch.nn.functional as F
 from gated_delta_rule_cases import SIM
 
-pytestmark = [
-    pytest.mark.usefixtures("kernels"),
-    pytest.mark.skipif(SIM, reason="the CUDA kernels do not read rows and memories yet"),
-]
+pytestmark = pytest.mark.usefixtures("kernels")
 OP = torch.ops.remora
 SCALE, L2NORM, V_FIRST = 0.3, True, False
 DTYPES = [torch.float32, torch.bfloat16, torch.float16] + ([] if SIM else [torch.float64])
@@ -59,6 +56,7 @@ CASES = {
 cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
 
+@pytest.mark.cpu_only
 @dtypes
 @pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
 @cases
@@ -72,6 +70,7 @@ def test_rows(case, dtype, shared):
         assert torch.equal(a, b), name
 
 
+@pytest.mark.cpu_only
 @dtypes
 @cases
 def test_no_row_or_offset_reaches_outside(case, dtype):
@@ -87,6 +86,7 @@ def test_no_row_or_offset_reaches_outside(case, dtype):
         assert torch.equal(a, b)
 
 
+@pytest.mark.cpu_only
 @dtypes
 @pytest.mark.parametrize("pool", [False, True], ids=["every row", "pool"])
 def test_step_with_memories(dtype, pool):
@@ -114,3 +114,15 @@ def test_step_with_memories(dtype, pool):
             )
             assert torch.equal(o[b, t], alone[0, 0])
     assert torch.equal(routed, single)
+
+
+@pytest.mark.sim_only
+def test_cuda_refuses_rows_and_memories():
+    x = token_inputs(torch.float32, 2, 4, 1, 1, 64, 64)
+    rows, offsets = torch.arange(8, dtype=torch.int32), torch.tensor([0, 8], dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="does not take rows"):
+        OP.gated_delta_rule_fwd(*x, None, offsets, rows, SCALE, L2NORM, False, V_FIRST, False)
+    state = torch.zeros(8, 1, 64, 64)
+    memories = torch.zeros(2, 4, dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="does not take memories"):
+        OP.gated_delta_rule_step_(*x, state, None, memories, 2, None, None, SCALE, L2NORM, False, False, V_FIRST)

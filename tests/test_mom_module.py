@@ -8,6 +8,8 @@ from torch.nn import functional as F
 
 from remora.modules import Cache, MixtureOfMemories
 
+pytestmark = pytest.mark.cpu_only
+
 D = 24
 SMALL = {"hidden_size": D, "head_dim": 8, "num_heads": 2, "expand_v": 2.0, "num_memories": 4, "topk": 2, "layer_idx": 0}
 VARIANTS = {

@@ -22,7 +22,7 @@ TRAIN_OPTIONS: tuple[tuple[str, type, str], ...] = (
     ("seq_len", int, "bytes per window"),
     ("learning_rate", float, "peak learning rate"),
     ("warmup_steps", int, "steps over which the learning rate rises"),
-    ("mixer", str, "token mixer: mixture_of_memories (default) or gated_delta_net"),
+    ("mixer", str, "token mixer: gated_delta_net (default) or mixture_of_memories (CPU only so far)"),
     ("num_memories", int, "memories of a mixture among which a token chooses"),
     ("topk", int, "memories that a token chooses"),
     ("balance_coefficient", float, "weight of the balance loss of the routers"),

@@ -335,9 +335,15 @@ class MixtureOfMemories(nn.Module):
                 rows=rows,
             )
             tokens.append(y)
-            tails.append(tail)
+            if tail is not None:
+                tails.append(tail)
+        q, k, v, g, beta = self._per_token(tokens, projected, indices.shape[:2])
         o, state = mom_gated_delta_rule(
-            *self._per_token(tokens, projected, indices.shape[:2]),
+            q,
+            k,
+            v,
+            g,
+            beta,
             weights,
             indices,
             initial_state=None if past is None else past.recurrent_state,
@@ -366,8 +372,13 @@ class MixtureOfMemories(nn.Module):
             num_memories=self.num_slots,
         )
         tokens = y.split([self.key_dim, self.key_dim, self.value_dim], dim=-1)
+        q, k, v, g, beta = self._per_token(tokens, projected, indices.shape[:2])
         return mom_gated_delta_rule_step(
-            *self._per_token(tokens, projected, indices.shape[:2]),
+            q,
+            k,
+            v,
+            g,
+            beta,
             weights,
             indices,
             past.recurrent_state,

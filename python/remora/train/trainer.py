@@ -66,7 +66,7 @@ class TrainConfig:
     """
 
     data: str | None = None
-    mixer: str = "mixture_of_memories"
+    mixer: str = "gated_delta_net"
     num_memories: int = 4
     topk: int = 2
     balance_coefficient: float = 0.01

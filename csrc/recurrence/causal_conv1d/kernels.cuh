@@ -270,7 +270,7 @@ __device__ __forceinline__ ConvVector sum_gradient(const CausalConv1dBwdParams& 
 
 /// Grid as the forward kernel. Leaves each block's share of dweight [W, D] and dbias [D] in the workspace.
 template <typename T, int WIDTH>
-__global__ void __launch_bounds__(kConvThreads)
+__global__ void __launch_bounds__(kConvThreads, WIDTH <= 4 ? 3 : 2)
     causal_conv1d_bwd_kernel(const __grid_constant__ CausalConv1dBwdParams p, int64_t num_channel_blocks,
                              bool is_aligned) {
   const RecurrenceShape& sequences = p.shape.sequences;

@@ -15,23 +15,19 @@ function(remora_operator_library target)
   install(TARGETS ${target} LIBRARY DESTINATION remora)
 endfunction()
 
-# remora_kernel_objects(<target> ARCHITECTURES ... | SIMULATED): the objects of every .cu file. SIMULATED leaves plain PTX
-# of one target in them, which the simulator reads.
+# remora_kernel_objects(<target> <architecture>...): the objects of every .cu file. With plain PTX of compute capability
+# 8.0 in them they serve the simulator too, which reads it from the objects.
+set(REMORA_SIM_ARCHITECTURE 80-virtual)
 function(remora_kernel_objects target)
-  cmake_parse_arguments(PARSE_ARGV 1 arg "SIMULATED" "" "ARCHITECTURES")
   list(TRANSFORM REMORA_OPERATORS PREPEND "${CMAKE_CURRENT_SOURCE_DIR}/csrc/" OUTPUT_VARIABLE globs)
   list(TRANSFORM globs APPEND /*.cu)
   file(GLOB sources CONFIGURE_DEPENDS ${globs})
   add_library(${target} OBJECT ${sources})
-  set(flags --expt-relaxed-constexpr -lineinfo -Xcompiler=-Wall,-fno-gnu-unique)
-  if(arg_SIMULATED)
-    set_target_properties(${target} PROPERTIES CUDA_ARCHITECTURES 80-virtual)
-    list(APPEND flags --compress-mode=none)
-  else()
-    set_target_properties(${target} PROPERTIES CUDA_ARCHITECTURES "${arg_ARCHITECTURES}")
-    set_target_properties(${target} PROPERTIES CUDA_COMPILER_LAUNCHER
-                          "${Python_EXECUTABLE};${CMAKE_CURRENT_SOURCE_DIR}/cmake/record_resources.py")
-    list(APPEND flags --compress-mode=size -Xptxas=-v)
+  set(compress size)
+  if(REMORA_SIM AND REMORA_SIM_ARCHITECTURE IN_LIST ARGN)
+    set(compress none)
   endif()
-  target_compile_options(${target} PRIVATE ${flags})
+  set_target_properties(${target} PROPERTIES CUDA_ARCHITECTURES "${ARGN}")
+  target_compile_options(${target} PRIVATE --expt-relaxed-constexpr -lineinfo -Xcompiler=-Wall,-fno-gnu-unique
+                                           --compress-mode=${compress})
 endfunction()

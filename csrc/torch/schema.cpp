@@ -41,4 +41,10 @@ STABLE_TORCH_LIBRARY(remora, m) {
       "int capacity, bool drop_oldest) -> (Tensor rows, Tensor positions, Tensor cu_seqlens, Tensor counts)");
   m.def("mom_combine_fwd(Tensor o, Tensor weights) -> Tensor");
   m.def("mom_combine_bwd(Tensor o, Tensor weights, Tensor d_out) -> (Tensor, Tensor)");
+  m.def(
+      "sparse_update_(Tensor(a!) table, Tensor(b!)? moment, Tensor(c!) second, Tensor(d!)? last_step, "
+      "Tensor(e!)? row_log_decay, Tensor rows, Tensor values, Tensor? num_rows, Tensor? grad_scale, bool all_rows, "
+      "float lr, float beta1, float beta2, float eps, float weight_decay, float log_decay, int step, "
+      "bool stochastic_rounding, int seed, int column_offset) -> ()");
+  m.def("row_norm(Tensor values, Tensor? num_rows) -> Tensor");
 }

@@ -1,5 +1,6 @@
 """Operators: public functions over `torch.ops.remora`. Shapes: docs/numerics.md."""
 
+from remora.ops.pkm import row_norm, rowwise_adagrad_, rowwise_adam_, sparse_adamw_
 from remora.ops.recurrence import (
     causal_conv1d,
     causal_conv1d_step,
@@ -34,4 +35,8 @@ __all__ = [
     "mom_gated_delta_rule_step",
     "mom_route",
     "route_plan",
+    "row_norm",
+    "rowwise_adagrad_",
+    "rowwise_adam_",
+    "sparse_adamw_",
 ]

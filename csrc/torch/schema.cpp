@@ -47,4 +47,22 @@ STABLE_TORCH_LIBRARY(remora, m) {
       "float lr, float beta1, float beta2, float eps, float weight_decay, float log_decay, int step, "
       "bool stochastic_rounding, int seed, int column_offset) -> ()");
   m.def("row_norm(Tensor values, Tensor? num_rows) -> Tensor");
+  m.def(
+      "slot_plan(Tensor indices, int num_rows, int groups, int layer_rows, int offset, Tensor? row_mask) "
+      "-> (Tensor order, Tensor rows, Tensor starts, Tensor num_rows)");
+  m.def(
+      "memory_bag_fwd(Tensor indices, Tensor table, Tensor? weights, Tensor? order, Tensor? rows, Tensor? starts, "
+      "Tensor? num_rows, Tensor? row_mask, Tensor? row_grad, Tensor? buffer, int groups, int layer_rows, int offset) "
+      "-> Tensor");
+  m.def(
+      "memory_bag_bwd_weights(Tensor indices, Tensor table, Tensor d_out, int heads, int groups, int layer_rows, "
+      "int offset) -> Tensor");
+  m.def(
+      "memory_bag_bwd(Tensor indices, Tensor? table, Tensor? weights, Tensor d_out, Tensor order, Tensor rows, "
+      "Tensor starts, Tensor num_rows, int heads, int table_rows, int groups, int layer_rows, int offset, bool dense) "
+      "-> (Tensor d_table, Tensor d_weights)");
+  m.def(
+      "memory_bag_bwd_(Tensor indices, Tensor? table, Tensor? weights, Tensor d_out, Tensor order, Tensor rows, "
+      "Tensor starts, Tensor num_rows, Tensor(a!) buffer, int heads, int groups, int layer_rows, int offset) "
+      "-> Tensor d_weights");
 }

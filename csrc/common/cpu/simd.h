@@ -164,6 +164,27 @@ REMORA_INLINE void store(E* p, Vec<T> v) {
   }
 }
 
+/// Stores past the caches to an address aligned to the vector: for results that nobody reads soon, since a cached store
+/// reads its line first. finish_streams() must follow before another thread may look.
+template <class T>
+REMORA_INLINE void stream(T* p, Vec<T> v) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), reinterpret_cast<__m512i>(v));
+#elif defined(__AVX__)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(v));
+#elif defined(__x86_64__)
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), reinterpret_cast<__m128i>(v));
+#else
+  store<T>(p, v);
+#endif
+}
+
+REMORA_INLINE void finish_streams() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
 /// The first `lanes` elements, zeros behind them.
 template <class T, class E>
 REMORA_INLINE Vec<T> load_first(const E* p, int64_t lanes) {

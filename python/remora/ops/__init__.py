@@ -1,6 +1,14 @@
 """Operators: public functions over `torch.ops.remora`. Shapes: docs/numerics.md."""
 
-from remora.ops.pkm import row_norm, rowwise_adagrad_, rowwise_adam_, sparse_adamw_
+from remora.ops.pkm import (
+    SlotPlan,
+    memory_bag,
+    row_norm,
+    rowwise_adagrad_,
+    rowwise_adam_,
+    slot_plan,
+    sparse_adamw_,
+)
 from remora.ops.recurrence import (
     causal_conv1d,
     causal_conv1d_step,
@@ -23,6 +31,7 @@ from remora.ops.routed import (
 __all__ = [
     "MomRoute",
     "RoutePlan",
+    "SlotPlan",
     "causal_conv1d",
     "causal_conv1d_step",
     "chunk_delta_rule",
@@ -30,6 +39,7 @@ __all__ = [
     "fused_recurrent_delta_rule",
     "fused_recurrent_gated_delta_rule",
     "gated_delta_rule_step",
+    "memory_bag",
     "mom_combine",
     "mom_gated_delta_rule",
     "mom_gated_delta_rule_step",
@@ -38,5 +48,6 @@ __all__ = [
     "row_norm",
     "rowwise_adagrad_",
     "rowwise_adam_",
+    "slot_plan",
     "sparse_adamw_",
 ]

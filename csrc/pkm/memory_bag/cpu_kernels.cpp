@@ -1,0 +1,284 @@
+// The kernels of one instruction set; compiled once for each (cmake/CpuIsa.cmake).
+#include <algorithm>
+#include <cstring>
+
+#include "common/cpu/arena.h"
+#include "pkm/memory_bag/cpu.h"
+#include "pkm/memory_bag/cpu_gather.h"
+
+namespace remora::REMORA_CPU_ISA {
+namespace {
+
+/// Rows that are asked for ahead of use: enough to cover the latency of memory, few enough to stay in L1.
+constexpr int64_t kAhead = 4;
+
+/// What a run of lookups reads: pointers to rows, and the lookups they belong to. kAhead more pointers at the end, so
+/// that fetching ahead needs no bounds.
+template <class E>
+struct Run {
+  const E** rows;
+  int32_t* lookups;
+  int64_t size = 0;
+
+  Run(int64_t capacity, Arena& arena)
+      : rows(arena.take<const E*>(capacity + kAhead + kGatherRows)), lookups(arena.take<int32_t>(capacity)) {}
+  void add(const E* row, int64_t lookup) {
+    rows[size] = row;
+    lookups[size++] = static_cast<int32_t>(lookup);
+  }
+  void close() { std::fill_n(rows + size, kAhead + kGatherRows, size ? rows[size - 1] : nullptr); }
+};
+
+/// weights[i] of the lookups of a run in head b.
+template <class T>
+REMORA_INLINE void load_weights(const void* weights, const int32_t* lookups, int count, int64_t heads, int64_t b,
+                                T* out) {
+  for (int k = 0; k < count; ++k) out[k] = weights ? static_cast<const T*>(weights)[lookups[k] * heads + b] : T(1);
+}
+
+template <class T, class E>
+struct FwdScratch {
+  Run<E> run;
+  T* sum;  // [d]
+
+  FwdScratch(const BagShape& shape, Arena& arena) : run(shape.lookups, arena), sum(arena.take<T>(shape.width)) {}
+};
+
+template <class Scratch>
+int64_t scratch_bytes(const BagShape& shape) {
+  Arena arena(nullptr);
+  Scratch scratch(shape, arena);
+  return arena.used();
+}
+
+template <class T, class E>
+void fwd(const MemoryBagFwdParams& p, int64_t begin, int64_t end, int64_t first_column, int64_t last_column,
+         void* buffer) {
+  const BagShape& shape = p.shape;
+  const int64_t block = shape.width / shape.heads, columns = last_column - first_column;
+  for (int64_t token = begin; token < end; ++token) {
+    for (int64_t group = 0; group < shape.out_groups; ++group) {
+      Arena arena(buffer);
+      FwdScratch<T, E> scratch(shape, arena);
+      Run<E>& run = scratch.run;
+      for (int64_t j = 0; j < shape.lookups; ++j) {
+        const Slot slot = locate(shape.map, shape.indices[token * shape.lookups + j]);
+        if (slot.row < 0 || (shape.out_groups > 1 && slot.group != group)) continue;
+        run.add(static_cast<const E*>(p.table) + slot.row * shape.width + first_column, token * shape.lookups + j);
+      }
+      run.close();
+      E* out = static_cast<E*>(p.out) + shape.out_row(token, static_cast<uint32_t>(group)) * shape.width;
+      for (int64_t b = 0; b < shape.heads; ++b) {
+        const int64_t at = b * block;
+        if (run.size == 0) std::fill_n(scratch.sum, columns, T(0));
+        for (int64_t i = 0; i < run.size; i += kGatherRows) {
+          const int count = static_cast<int>(std::min<int64_t>(kGatherRows, run.size - i));
+          const E *rows[kGatherRows], *next[kGatherRows];
+          T weights[kGatherRows];
+          for (int k = 0; k < count; ++k) rows[k] = run.rows[i + k] + at, next[k] = run.rows[i + k + kAhead] + at;
+          load_weights(p.weights, run.lookups + i, count, shape.heads, b, weights);
+          gather<true, false, T, E>(count, rows, next, columns, i == 0, weights, scratch.sum, nullptr, nullptr);
+        }
+        for (int64_t c = 0; c < columns; c += kWidth<T>) {
+          store_lanes<T>(out + at + first_column + c, columns - c, load_lanes<T>(scratch.sum + c, columns - c));
+        }
+      }
+    }
+  }
+}
+
+template <class T, class E>
+void bwd_weights(const MemoryBagWeightsParams& p, int64_t begin, int64_t end) {
+  const BagShape& shape = p.shape;
+  const int64_t block = shape.width / shape.heads;
+  const auto row_of = [&](Slot slot) {
+    return static_cast<const E*>(p.table) + (slot.row < 0 ? 0 : slot.row) * shape.width;
+  };
+  for (int64_t m = begin * shape.lookups; m < end * shape.lookups; ++m) {
+    const Slot slot = locate(shape.map, shape.indices[m]);
+    T* d_weights = static_cast<T*>(p.d_weights) + m * shape.heads;
+    if (slot.row < 0) {
+      std::fill_n(d_weights, shape.heads, T(0));
+      continue;
+    }
+    const E* row = row_of(slot);
+    const int64_t ahead = std::min(m + kAhead, end * shape.lookups - 1);
+    const E* next = row_of(locate(shape.map, shape.indices[ahead]));
+    const E* d_out = static_cast<const E*>(p.d_out) + shape.out_row(m / shape.lookups, slot.group) * shape.width;
+    for (int64_t b = 0; b < shape.heads; ++b) {
+      const E *rows[1] = {row + b * block}, *nexts[1] = {next + b * block};
+      gather<1, false, true, T, E>(rows, nexts, block, true, nullptr, nullptr, d_out + b * block, d_weights + b);
+    }
+  }
+}
+
+/// Row of the workspace that the piece of a segment of several pieces writes which begins at a position. Pieces that
+/// begin segments are at least kPieceLookups apart, and so are the others.
+constexpr int64_t piece_row(int64_t position, bool is_first) { return position / kPieceLookups * 2 + !is_first; }
+
+template <class T>
+T* piece_sums(const MemoryBagBwdParams& p, int64_t position, bool is_first) {
+  return static_cast<T*>(p.workspace) + piece_row(position, is_first) * p.shape.width;
+}
+
+/// Columns [at, at + width) of the sum of segment u to where it belongs.
+template <class T, class E>
+void write_sum(const MemoryBagBwdParams& p, int64_t u, int64_t at, int64_t width, const T* sum) {
+  const int64_t row = p.kind == RowGradient::kRows ? u : p.rows[u];
+  const auto to_row = [&]<class D>(D* to) {
+    const bool is_aligned = reinterpret_cast<uintptr_t>(to) % kVectorBytes == 0;
+    for (int64_t c = 0; c < width; c += kWidth<T>) {
+      const int64_t lanes = width - c;
+      if (p.kind == RowGradient::kAccumulate) {
+        store_lanes<T>(to + c, lanes, load_lanes<T>(to + c, lanes) + load_lanes<T>(sum + c, lanes));
+      } else if (std::is_same_v<T, D> && is_aligned && lanes >= kWidth<T>) {
+        stream<T>(reinterpret_cast<T*>(to + c), load<T>(sum + c));
+      } else {
+        store_lanes<T>(to + c, lanes, load_lanes<T>(sum + c, lanes));
+      }
+    }
+  };
+  if (p.kind == RowGradient::kDense) {
+    to_row(static_cast<E*>(p.d_table) + row * p.d_table_stride + at);
+  } else {
+    to_row(static_cast<T*>(p.d_table) + row * p.d_table_stride + at);
+  }
+}
+
+/// Sorted positions that one call of bwd() may read: its own, and what pieces that begin there reach beyond.
+constexpr int64_t kBwdPositions = 4 * kPieceLookups;
+
+template <class T, class E>
+struct BwdScratch {
+  Run<E> run;
+  T* sum;  // [d]
+
+  BwdScratch(const BagShape& shape, Arena& arena)
+      : run(kBwdPositions + kPieceLookups, arena), sum(arena.take<T>(shape.width)) {}
+};
+
+template <bool kDots, class T, class E>
+void bwd_piece(const MemoryBagBwdParams& p, BwdScratch<T, E>& scratch, int64_t u, int64_t first, int64_t count,
+               T* to_piece) {
+  const BagShape& shape = p.shape;
+  const int64_t block = shape.width / shape.heads;
+  const Run<E>& run = scratch.run;
+  for (int64_t b = 0; b < shape.heads; ++b) {
+    const int64_t at = b * block;
+    const E* row = kDots ? static_cast<const E*>(p.table) + p.rows[u] * shape.width + at : nullptr;
+    T* sum = to_piece ? to_piece + at : scratch.sum + at;
+    for (int64_t i = first; i < first + count; i += kGatherRows) {
+      const int size = static_cast<int>(std::min<int64_t>(kGatherRows, first + count - i));
+      const E *rows[kGatherRows], *next[kGatherRows];
+      T weights[kGatherRows], dots[kGatherRows];
+      for (int k = 0; k < size; ++k) rows[k] = run.rows[i + k] + at, next[k] = run.rows[i + k + kAhead] + at;
+      load_weights(p.weights, run.lookups + i, size, shape.heads, b, weights);
+      gather<true, kDots, T, E>(size, rows, next, block, i == first, weights, sum, row, dots);
+      for (int k = 0; kDots && k < size; ++k) {
+        static_cast<T*>(p.d_weights)[run.lookups[i + k] * shape.heads + b] = dots[k];
+      }
+    }
+    if (!to_piece && u < p.num_rows[0]) write_sum<T, E>(p, u, at, block, sum);
+  }
+}
+
+template <class T, class E>
+void bwd(const MemoryBagBwdParams& p, int64_t begin, int64_t end, void* buffer) {
+  const BagShape& shape = p.shape;
+  const int64_t num_segments = p.num_rows[1], num_found = p.starts[num_segments];
+  Arena arena(buffer);
+  BwdScratch<T, E> scratch(shape, arena);
+  Run<E>& run = scratch.run;
+  for (int64_t i = begin; i < std::min(end + kPieceLookups, num_found); ++i) {
+    const int64_t m = p.order[i], token = static_cast<uint32_t>(m) / static_cast<uint32_t>(shape.lookups);
+    const uint32_t group = shape.out_groups > 1 ? locate(shape.map, shape.indices[m]).group : 0;
+    run.add(static_cast<const E*>(p.d_out) + shape.out_row(token, group) * shape.width, m);
+  }
+  run.close();
+  if (p.d_weights) {
+    for (int64_t i = std::max(begin, num_found); i < end; ++i) {
+      std::fill_n(static_cast<T*>(p.d_weights) + p.order[i] * shape.heads, shape.heads, T(0));
+    }
+  }
+
+  // The segment that reaches into the range from before, then those that begin in it.
+  int64_t u = std::upper_bound(p.starts, p.starts + num_segments, begin) - p.starts - 1;
+  for (u = std::max<int64_t>(u, 0); u < num_segments && p.starts[u] < end; ++u) {
+    const int64_t start = p.starts[u], stop = p.starts[u + 1];
+    if (p.d_weights && u + 1 < num_segments) {
+      prefetch_row(static_cast<const E*>(p.table) + p.rows[u + 1] * shape.width, shape.width);
+    }
+    const int64_t skipped = start < begin ? (begin - start + kPieceLookups - 1) / kPieceLookups : 0;
+    for (int64_t first = start + skipped * kPieceLookups; first < std::min(stop, end); first += kPieceLookups) {
+      const int64_t count = std::min(kPieceLookups, stop - first);
+      T* to_piece = stop - start > kPieceLookups ? piece_sums<T>(p, first, first == start) : nullptr;
+      if (p.d_weights) {
+        bwd_piece<true, T, E>(p, scratch, u, first - begin, count, to_piece);
+      } else {
+        bwd_piece<false, T, E>(p, scratch, u, first - begin, count, to_piece);
+      }
+    }
+  }
+  finish_streams();
+}
+
+template <class T, class E>
+void bwd_combine(const MemoryBagBwdParams& p, int64_t window) {
+  const int64_t begin = window * kPieceLookups, num_segments = p.num_rows[1], width = p.shape.width;
+  // A segment of several pieces is the last that begins in its window.
+  const int64_t u = std::lower_bound(p.starts, p.starts + num_segments, begin + kPieceLookups) - p.starts - 1;
+  if (u < 0 || u >= p.num_rows[0] || p.starts[u] < begin || p.starts[u + 1] - p.starts[u] <= kPieceLookups) return;
+  T* sum = piece_sums<T>(p, p.starts[u], true);
+  for (int64_t first = p.starts[u] + kPieceLookups; first < p.starts[u + 1]; first += kPieceLookups) {
+    const T* piece = piece_sums<T>(p, first, false);
+    for (int64_t c = 0; c < width; ++c) sum[c] += piece[c];
+  }
+  write_sum<T, E>(p, u, 0, width, sum);
+  finish_streams();
+}
+
+template <class T, class E>
+void bwd_zero(const MemoryBagBwdParams& p, int64_t begin, int64_t end) {
+  const bool is_dense = p.kind == RowGradient::kDense;
+  const int64_t size = is_dense ? sizeof(E) : sizeof(T), num_written = p.num_rows[0];
+  int64_t u = is_dense ? std::lower_bound(p.rows, p.rows + num_written, begin) - p.rows : num_written;
+  for (int64_t row = begin; row < end; ++row) {
+    if (is_dense && u < num_written && p.rows[u] == row) {
+      ++u;
+    } else if (is_dense || row >= num_written) {
+      std::memset(static_cast<char*>(p.d_table) + row * p.d_table_stride * size, 0, p.shape.width * size);
+    }
+  }
+}
+
+template <class T, class E>
+constexpr MemoryBagCpuKernels kKernels = {
+    scratch_bytes<FwdScratch<T, E>>,
+    fwd<T, E>,
+    bwd_weights<T, E>,
+    scratch_bytes<BwdScratch<T, E>>,
+    bwd<T, E>,
+    bwd_combine<T, E>,
+    bwd_zero<T, E>,
+};
+
+}  // namespace
+
+const MemoryBagCpuKernels& memory_bag_kernels([[maybe_unused]] DType dtype) {
+#ifdef __AVX512BF16__
+  return kKernels<float, BFloat16>;
+#else
+  switch (dtype) {
+    case DType::kFloat64:
+      return kKernels<double, double>;
+    case DType::kBFloat16:
+      return kKernels<float, BFloat16>;
+    case DType::kFloat16:
+      return kKernels<float, Float16>;
+    default:
+      return kKernels<float, float>;
+  }
+#endif
+}
+
+}  // namespace remora::REMORA_CPU_ISA

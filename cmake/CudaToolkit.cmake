@@ -1,5 +1,5 @@
 # Resolves REMORA_CUDA, enables the language CUDA and defines remora_cudart and REMORA_CUDA_INCLUDE.
-# A compiler is looked for in CUDACXX, on the PATH, in /usr/local/cuda and in the nvidia-cuda-nvcc wheel.
+# A compiler is looked for in CUDACXX, CUDA_HOME, on the PATH, in /usr/local/cuda and in the nvidia-cuda-nvcc wheel.
 if(REMORA_SIM AND REMORA_CUDA STREQUAL "OFF")
   set(remora_needs_nvcc ON)
 elseif(NOT REMORA_CUDA STREQUAL "OFF")
@@ -8,17 +8,31 @@ else()
   set(remora_needs_nvcc OFF)
 endif()
 
+if(remora_needs_nvcc AND NOT CMAKE_CUDA_COMPILER AND DEFINED ENV{CUDACXX})
+  set(CMAKE_CUDA_COMPILER "$ENV{CUDACXX}")
+endif()
+
 if(remora_needs_nvcc AND NOT CMAKE_CUDA_COMPILER)
   execute_process(
     COMMAND "${Python_EXECUTABLE}" -c
             "import importlib.util as u; s = u.find_spec('nvidia'); print(';'.join(s.submodule_search_locations) if s else '')"
     OUTPUT_VARIABLE remora_wheels OUTPUT_STRIP_TRAILING_WHITESPACE)
-  list(TRANSFORM remora_wheels APPEND "/cu13/bin")
-  find_program(REMORA_NVCC nvcc HINTS "$ENV{CUDACXX}" "$ENV{CUDA_HOME}/bin" PATHS /usr/local/cuda/bin ${remora_wheels})
+  list(TRANSFORM remora_wheels APPEND "/cu13")
+  find_program(REMORA_NVCC nvcc HINTS "$ENV{CUDA_HOME}" PATHS /usr/local/cuda ${remora_wheels} PATH_SUFFIXES bin)
   if(REMORA_NVCC)
     set(CMAKE_CUDA_COMPILER "${REMORA_NVCC}")
   elseif(REMORA_SIM OR REMORA_CUDA STREQUAL "ON")
     message(FATAL_ERROR "REMORA_CUDA=ON and REMORA_SIM=ON need a CUDA 13 compiler (nvcc); none was found")
+  endif()
+
+  cmake_path(GET REMORA_NVCC PARENT_PATH remora_toolkit)
+  cmake_path(GET remora_toolkit PARENT_PATH remora_toolkit)
+  if(remora_toolkit IN_LIST remora_wheels)
+    # nvcc looks for libraries in lib64, which wheels do not have; and the runtime that pip put beside it may be newer
+    # than the one that came with torch, which is first on Python's path and of nvcc's release (build_backend.py).
+    find_path(REMORA_CUDART_WHEEL include/cuda_runtime.h PATHS ${remora_wheels} NO_DEFAULT_PATH REQUIRED)
+    set(ENV{LIBRARY_PATH} "${REMORA_CUDART_WHEEL}/lib:$ENV{LIBRARY_PATH}")
+    string(APPEND CMAKE_CUDA_FLAGS " -I${REMORA_CUDART_WHEEL}/include")
   endif()
 endif()
 
@@ -49,10 +63,13 @@ else()
   set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
   enable_language(CUDA)
   set(REMORA_CUDA_INCLUDE ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
+  if(REMORA_CUDART_WHEEL)
+    list(PREPEND REMORA_CUDA_INCLUDE "${REMORA_CUDART_WHEEL}/include")
+  endif()
   message(STATUS "CUDA ${CMAKE_CUDA_COMPILER_VERSION}: ${CMAKE_CUDA_COMPILER}")
 
   cmake_path(GET CMAKE_CUDA_COMPILER PARENT_PATH remora_cuda_bin)
-  find_library(REMORA_CUDART NAMES libcudart.so.13 cudart HINTS "${remora_cuda_bin}/.." PATH_SUFFIXES lib lib64
+  find_library(REMORA_CUDART NAMES libcudart.so.13 cudart HINTS "${REMORA_CUDART_WHEEL}" "${remora_cuda_bin}/.." PATH_SUFFIXES lib lib64
                PATHS ${CMAKE_CUDA_IMPLICIT_LINK_DIRECTORIES})
   add_library(remora_cudart INTERFACE)
   target_include_directories(remora_cudart SYSTEM INTERFACE ${REMORA_CUDA_INCLUDE})

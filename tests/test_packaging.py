@@ -1,5 +1,6 @@
 """What an installed remora holds: libraries that need only what they may, and an import that never fails for a GPU."""
 
+import importlib
 import importlib.metadata
 import os
 import re
@@ -221,6 +222,63 @@ def test_no_other_kernel_spills():
         assert rows
     spilling = {row["kernel"] for row in rows if row["spill_stores"] or row["spill_loads"]}
     assert [kernel for kernel in spilling if not any(known in kernel for known in KNOWN_SPILLS)] == []
+
+
+@pytest.fixture
+def build_backend(monkeypatch, tmp_path):
+    """On a machine without a CUDA compiler, whose torch brought the runtime of CUDA 13.0."""
+    monkeypatch.syspath_prepend(str(SOURCES.parent.parent / "cmake"))
+    module = importlib.import_module("build_backend")
+    monkeypatch.setattr(module, "DEFAULT_NVCC", str(tmp_path / "nowhere" / "nvcc"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDACXX", raising=False)
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.setattr(module.importlib.metadata, "version", {"nvidia-cuda-runtime": "13.0.96"}.__getitem__)
+    return module
+
+
+def cuda_requirements(module, **options):
+    settings = {f"cmake.define.{name}": value for name, value in options.items()}
+    hooks = (module.get_requires_for_build_wheel, module.get_requires_for_build_editable)
+    wheel, editable = ([r for r in hook(settings) if r.startswith("nvidia-")] for hook in hooks)
+    assert wheel == editable
+    return wheel
+
+
+def test_a_source_build_brings_the_compiler_that_is_missing(build_backend):
+    found = cuda_requirements(build_backend)
+    assert {r.split("==")[0] for r in found} == {
+        f"nvidia-{name}" for name in ("cuda-nvcc", "cuda-runtime", "cuda-crt", "nvvm", "cuda-cccl")
+    }
+    assert {r.split("==")[1] for r in found} == {"13.0.*"}
+
+
+def test_the_compiler_is_of_the_release_of_the_runtime_that_torch_brought(build_backend, monkeypatch):
+    monkeypatch.setattr(build_backend.importlib.metadata, "version", lambda name: "13.2.7")
+    assert {r.split("==")[1] for r in cuda_requirements(build_backend)} == {"13.2.*"}
+
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(build_backend.importlib.metadata, "version", missing)
+    assert {r.split("==")[1] for r in cuda_requirements(build_backend)} == {"13.0.*"}
+
+
+@pytest.mark.parametrize("where", ["PATH", "CUDACXX", "CUDA_HOME", "default"])
+def test_a_compiler_of_the_machine_is_taken(build_backend, monkeypatch, tmp_path, where):
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.touch(mode=0o755)
+    if where == "default":
+        monkeypatch.setattr(build_backend, "DEFAULT_NVCC", str(nvcc))
+    else:
+        monkeypatch.setenv(where, str({"PATH": nvcc.parent, "CUDACXX": nvcc, "CUDA_HOME": tmp_path}[where]))
+    assert cuda_requirements(build_backend) == []
+
+
+def test_a_build_without_kernels_needs_no_compiler(build_backend):
+    assert cuda_requirements(build_backend, REMORA_CUDA="OFF") == []
+    assert len(cuda_requirements(build_backend, REMORA_CUDA="OFF", REMORA_SIM="ON")) == 5
 
 
 SMOKE = """

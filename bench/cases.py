@@ -34,13 +34,14 @@ class Case:
         return Case(self.mode, self.dtype, min(self.B, 2), min(self.T, 130), min(self.H, 2), self.D)
 
     def flops(self) -> float:
-        """Of the cheapest known formulation: the recurrence in fp32, chunks of 16 with bf16 dot products."""
-        D, C = self.D, 16
-        per_token = {
-            "fp32": {"fwd": 6 * D * D, "fwd+bwd": 24 * D * D + 20 * C * D},
-            "bf16": {"fwd": 6 * D * D + 5 * C * D, "fwd+bwd": 24 * D * D + 20 * C * D},
-        }
-        return self.B * self.T * self.H * (per_token[self.dtype][self.mode] if self.mode != "decode" else 6 * D * D)
+        """The fewest of any schedule that carries a state: a token's products with it, 2 K V each.
+
+        Forward three, S^T k, S += k u^T, S^T q; backward six, dS += q dO^T, dS^T k, dS -= k dV^T and, of dk and dq,
+        dS u, S dV, S dO. Products of tokens with each other (none in the recurrence), and of states that are computed
+        again (one or two a token), come on top: what a schedule pays for fewer passes over the state and for memory.
+        """
+        products = {"fwd": 3, "fwd+bwd": 9, "decode": 3}[self.mode]
+        return self.B * self.T * self.H * products * 2.0 * self.D**2
 
     def bytes(self) -> float:
         """Inputs once and outputs once; of decode the states, read and written."""

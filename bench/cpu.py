@@ -42,11 +42,11 @@ def machine_limits() -> dict[str, float]:
 
 def floor(case: Case, limits: dict[str, float]) -> float:
     """Seconds below which the case cannot be on this machine: its FLOPs at the rate of torch.mm, its bytes at that
-    of copy_.
+    of copy_. Where the processor has no bf16 products, fp32 is the faster way to do them.
     """
     # states that are used in turn come from DRAM; one set, and what a forward pass reads, may stay in the cache
     bandwidth = limits["dram"] if case.rotate > 1 or case.bytes() > 32 << 20 else max(limits["dram"], limits["cache"])
-    compute = 0.0 if case.mode == "decode" else case.flops() / limits[f"mm_{case.dtype}"]
+    compute = 0.0 if case.mode == "decode" else case.flops() / max(limits[f"mm_{case.dtype}"], limits["mm_fp32"])
     return max(compute, case.bytes() / bandwidth)
 
 

@@ -207,6 +207,8 @@ def onnxruntime_cast(x: Inputs) -> Run:
 
 
 def zentorch(x: Inputs) -> Run:
+    if "AVX512" not in torch.backends.cpu.get_cpu_capability():
+        raise ImportError("its kernels are AVX-512 instructions, which end the process on this machine")
     importlib.import_module("zentorch")
     ops, case = torch.ops.zentorch, x.case
     if case.mode == "fwd+bwd":

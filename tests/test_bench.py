@@ -38,7 +38,11 @@ def test_floors():
     limits = {"mm_fp32": 100e9, "mm_bf16": 200e9, "dram": 10e9, "cache": 100e9}
     fwd = Case("fwd", "fp32", 1, 4096, 8, 128)
     assert fwd.flops() == 4096 * 8 * 6 * 128 * 128
+    assert Case("fwd+bwd", "fp32", 1, 4096, 8, 128).flops() == 3 * fwd.flops()
     assert cpu.floor(fwd, limits) == pytest.approx(fwd.flops() / 100e9)
+    bf16 = Case("fwd", "bf16", 1, 4096, 8, 128)
+    assert cpu.floor(bf16, limits) == pytest.approx(bf16.flops() / 200e9)
+    assert cpu.floor(bf16, limits | {"mm_bf16": 1e9}) == pytest.approx(bf16.flops() / 100e9)
     assert cpu.floor(fwd, limits | {"mm_fp32": 1e15}) == pytest.approx(fwd.bytes() / 10e9)
     hot, cold = (Case("decode", "fp32", 32, 1, 8, 128, n) for n in (1, 8))
     assert hot.bytes() == pytest.approx(2 * 32 * 8 * 128 * 128 * 4, rel=0.02)

@@ -66,6 +66,7 @@ BagShape bag_shape(const Tensor& indices, const Tensor& like, int64_t num_rows, 
   shape.indices = indices_of(indices, allocations);
   shape.tokens = indices.size(0), shape.lookups = indices.size(1);
   shape.width = width, shape.heads = heads, shape.out_groups = groups;
+  STD_TORCH_CHECK(shape.tokens * groups < INT32_MAX, "T * groups must be below 2^31 - 1");
   return shape;
 }
 

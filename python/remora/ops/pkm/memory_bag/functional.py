@@ -50,13 +50,10 @@ class SlotPlan(NamedTuple):
     def to_sparse(self, row_grad: Tensor, num_rows: int) -> Tensor:
         """The gradient of the rows as a coalesced sparse tensor [num_rows, d]. Waits for the device."""
         U = int(self.num_rows[0])
-        return torch.sparse_coo_tensor(
-            self.rows[None, :U].long(),
-            row_grad[:U],
-            (num_rows, row_grad.shape[1]),
-            is_coalesced=True,
-            check_invariants=False,
-        )
+        with torch.sparse.check_sparse_tensor_invariants():
+            return torch.sparse_coo_tensor(
+                self.rows[None, :U].long(), row_grad[:U], (num_rows, row_grad.shape[1]), is_coalesced=True
+            )
 
 
 def _check_indices(indices: Tensor, num_rows: int, groups: int, layer_rows: int | None, offset: int) -> int:
@@ -69,6 +66,7 @@ def _check_indices(indices: Tensor, num_rows: int, groups: int, layer_rows: int 
     check.in_range(num_rows, "the number of rows N", 0, MAX_ROWS)
     layer_rows = num_rows if layer_rows is None else layer_rows
     check.in_range(layer_rows, f"layer_rows (N = {num_rows})", 0, num_rows)
+    check.in_range(indices.shape[0], f"T (with groups = {groups})", 0, MAX_LOOKUPS // max(groups, 1))
     check.in_range(groups, f"groups (with layer_rows = {layer_rows})", 1, MAX_ROWS // max(layer_rows, 1))
     check.in_range(offset, f"offset (N = {num_rows})", 0, max(num_rows - 1, 0))
     return layer_rows

@@ -1,0 +1,7 @@
+#include "pkm/memory_bag/bag_launch_impl.cuh"
+
+namespace remora {
+
+template struct BagKernels<__nv_bfloat16>;
+
+}  // namespace remora

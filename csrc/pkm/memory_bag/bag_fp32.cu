@@ -1,0 +1,7 @@
+#include "pkm/memory_bag/bag_launch_impl.cuh"
+
+namespace remora {
+
+template struct BagKernels<float>;
+
+}  // namespace remora

@@ -65,4 +65,16 @@ STABLE_TORCH_LIBRARY(remora, m) {
       "memory_bag_bwd_(Tensor indices, Tensor? table, Tensor? weights, Tensor d_out, Tensor order, Tensor rows, "
       "Tensor starts, Tensor num_rows, Tensor(a!) buffer, int heads, int groups, int layer_rows, int offset) "
       "-> Tensor d_weights");
+  m.def(
+      "peer_bag_fwd(Tensor indices, Tensor table, Tensor x, Tensor? weights, Tensor? order, Tensor? rows, "
+      "Tensor? starts, Tensor? num_rows, Tensor? row_mask, Tensor? row_grad, Tensor? buffer, int groups, "
+      "int layer_rows, int offset, int act) -> Tensor");
+  m.def(
+      "peer_bag_bwd(Tensor indices, Tensor table, Tensor x, Tensor? weights, Tensor d_out, Tensor? order, "
+      "Tensor? rows, Tensor? starts, Tensor? num_rows, int groups, int layer_rows, int offset, int act, bool dense) "
+      "-> (Tensor d_table, Tensor d_x, Tensor d_weights)");
+  m.def(
+      "peer_bag_bwd_(Tensor indices, Tensor table, Tensor x, Tensor? weights, Tensor d_out, Tensor order, "
+      "Tensor rows, Tensor starts, Tensor num_rows, Tensor(a!) buffer, int groups, int layer_rows, int offset, "
+      "int act) -> (Tensor d_x, Tensor d_weights)");
 }

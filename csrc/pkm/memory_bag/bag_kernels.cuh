@@ -116,6 +116,33 @@ __device__ __forceinline__ void add_piece(const T* src, int64_t stride, bool is_
   }
 }
 
+/// dot[k] = <row[k], other[k]>, all lanes get it; 0 where row[k] is null.
+template <typename T, int VECTOR, int COUNT>
+__device__ __forceinline__ void dot_rows(const T* const (&row)[COUNT], const T* const (&other)[COUNT], int64_t width,
+                                         float (&dot)[COUNT]) {
+#pragma unroll
+  for (int k = 0; k < COUNT; ++k) dot[k] = 0.f;
+#pragma unroll 1
+  for (int64_t column = threadIdx.x % 32 * VECTOR; column < width; column += 32 * VECTOR) {
+    RowVector<T, VECTOR> x[COUNT];
+#pragma unroll
+    for (int k = 0; k < COUNT; ++k) {
+      if (row[k] != nullptr) x[k] = load_row<T, VECTOR>(row[k] + column);
+    }
+#pragma unroll
+    for (int k = 0; k < COUNT; ++k) {
+      if (row[k] == nullptr) continue;
+      const RowVector<T, VECTOR> y = load_row<T, VECTOR>(other[k] + column);
+#pragma unroll
+      for (int i = 0; i < VECTOR; ++i) {
+        dot[k] = fmaf(static_cast<float>(x[k].element[i]), static_cast<float>(y.element[i]), dot[k]);
+      }
+    }
+  }
+#pragma unroll
+  for (int k = 0; k < COUNT; ++k) dot[k] = warp_sum(dot[k]);
+}
+
 /// Grid: (column tile, head, group, token) over warps, or over blocks with kSplit, whose warps take pieces in turn.
 template <typename T, int VECTOR, bool kSplit>
 __global__ void __launch_bounds__(kBagThreads)
@@ -184,7 +211,7 @@ __global__ void __launch_bounds__(kBagThreads)
   const int64_t chunks = (shape.lookups + kWeightsLookups - 1) / kWeightsLookups;
   const int64_t token = task / chunks, first = task % chunks * kWeightsLookups;
   const T *row[kWeightsLookups], *d_out[kWeightsLookups];
-  float dot[kWeightsLookups] = {};
+  float dot[kWeightsLookups];
 #pragma unroll
   for (int k = 0; k < kWeightsLookups; ++k) {
     row[k] = nullptr;
@@ -193,27 +220,11 @@ __global__ void __launch_bounds__(kBagThreads)
     if (slot.row >= 0) row[k] = static_cast<const T*>(p.table) + slot.row * shape.width + head * width;
     d_out[k] = static_cast<const T*>(p.d_out) + shape.out_row(token, slot.group) * shape.width + head * width;
   }
-  for (int64_t column = lane_idx * VECTOR; column < width; column += 32 * VECTOR) {
-    RowVector<T, VECTOR> x[kWeightsLookups];
-#pragma unroll
-    for (int k = 0; k < kWeightsLookups; ++k) {
-      if (row[k] != nullptr) x[k] = load_row<T, VECTOR>(row[k] + column);
-    }
-#pragma unroll
-    for (int k = 0; k < kWeightsLookups; ++k) {
-      if (row[k] == nullptr) continue;
-      const RowVector<T, VECTOR> g = load_row<T, VECTOR>(d_out[k] + column);
-#pragma unroll
-      for (int i = 0; i < VECTOR; ++i) {
-        dot[k] = fmaf(static_cast<float>(x[k].element[i]), static_cast<float>(g.element[i]), dot[k]);
-      }
-    }
-  }
+  dot_rows<T, VECTOR>(row, d_out, width, dot);
 #pragma unroll
   for (int k = 0; k < kWeightsLookups; ++k) {
-    const float sum = warp_sum(dot[k]);
     if (lane_idx == 0 && first + k < shape.lookups) {
-      static_cast<float*>(p.d_weights)[(token * shape.lookups + first + k) * shape.heads + head] = sum;
+      static_cast<float*>(p.d_weights)[(token * shape.lookups + first + k) * shape.heads + head] = dot[k];
     }
   }
 }
@@ -269,7 +280,9 @@ struct PositionChunk {
 /// Grid: (head, kBwdWindow sorted positions) over warps. A lane holds VECTORS vectors of a row; wider heads are walked
 /// in tiles of 32 * VECTORS vectors.
 template <typename T, int VECTOR, int VECTORS, bool kDots>
-__global__ void __launch_bounds__(kBagThreads, VECTORS == 4 ? 4 : VECTORS == 2 ? 5 : 7)
+__global__ void __launch_bounds__(kBagThreads, VECTORS == 4   ? 4
+                                               : VECTORS == 2 ? 5
+                                                              : 7)
     memory_bag_bwd_kernel(const __grid_constant__ MemoryBagBwdParams p, int64_t num_tasks) {
   const BagShape& shape = p.shape;
   const int lane_idx = threadIdx.x % 32;

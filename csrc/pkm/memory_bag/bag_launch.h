@@ -10,6 +10,8 @@ struct BagKernels {
   static Error fwd(const MemoryBagFwdParams& params, const Launch& launch);
   static Error bwd_weights(const MemoryBagWeightsParams& params, const Launch& launch);
   static Error bwd(const MemoryBagBwdParams& params, const Launch& launch);
+  static Error peer_fwd(const PeerBagFwdParams& params, const Launch& launch);
+  static Error peer_bwd(const PeerBagBwdParams& params, const Launch& launch);
 };
 
 }  // namespace remora

@@ -4,6 +4,7 @@
 
 #include "pkm/memory_bag/bag_kernels.cuh"
 #include "pkm/memory_bag/bag_launch.h"
+#include "pkm/memory_bag/peer_kernels.cuh"
 
 namespace remora {
 
@@ -19,10 +20,11 @@ bool has_vectors(const BagShape& shape, int64_t stride, std::initializer_list<co
 }
 
 template <class... Arguments>
-Error launch_kernel(void (*kernel)(Arguments...), int64_t num_blocks, int num_threads, const Launch& launch,
-                    const std::type_identity_t<Arguments>&... arguments) {
+Error launch_kernel(void (*kernel)(Arguments...), int64_t num_blocks, int num_threads, int64_t smem_bytes,
+                    const Launch& launch, const std::type_identity_t<Arguments>&... arguments) {
   if (num_blocks > INT32_MAX) return "memory_bag on CUDA: too many lookups and columns";
-  kernel<<<static_cast<unsigned>(num_blocks), num_threads, 0, static_cast<cudaStream_t>(launch.stream)>>>(arguments...);
+  kernel<<<static_cast<unsigned>(num_blocks), num_threads, smem_bytes, static_cast<cudaStream_t>(launch.stream)>>>(
+      arguments...);
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
@@ -37,10 +39,10 @@ Error BagKernels<T>::fwd(const MemoryBagFwdParams& params, const Launch& launch)
   // Below two blocks for every multiprocessor, the pieces of a token go to the warps of a block.
   if (shape.lookups > kFwdPiece && num_tasks < int64_t{2} * kBagWarps * launch.num_sms) {
     return launch_kernel(vectors ? memory_bag_fwd_kernel<T, kVector, true> : memory_bag_fwd_kernel<T, 1, true>,
-                         num_tasks, kBagThreads, launch, params, num_tasks);
+                         num_tasks, kBagThreads, 0, launch, params, num_tasks);
   }
   return launch_kernel(vectors ? memory_bag_fwd_kernel<T, kVector, false> : memory_bag_fwd_kernel<T, 1, false>,
-                       ceil_div(num_tasks, kBagWarps), kBagThreads, launch, params, num_tasks);
+                       ceil_div(num_tasks, kBagWarps), kBagThreads, 0, launch, params, num_tasks);
 }
 
 template <typename T>
@@ -50,7 +52,7 @@ Error BagKernels<T>::bwd_weights(const MemoryBagWeightsParams& params, const Lau
   const bool vectors = has_vectors<T>(shape, shape.width, {params.table, params.d_out});
   const int64_t num_tasks = shape.tokens * ceil_div(shape.lookups, kWeightsLookups) * shape.heads;
   return launch_kernel(vectors ? memory_bag_bwd_weights_kernel<T, kVector> : memory_bag_bwd_weights_kernel<T, 1>,
-                       ceil_div(num_tasks, kBagWarps), kBagThreads, launch, params, num_tasks);
+                       ceil_div(num_tasks, kBagWarps), kBagThreads, 0, launch, params, num_tasks);
 }
 
 template <typename T, bool kDots>
@@ -73,18 +75,45 @@ Error BagKernels<T>::bwd(const MemoryBagBwdParams& params, const Launch& launch)
   const auto kernel =
       params.d_weights != nullptr ? bwd_kernel<T, true>(width, vectors) : bwd_kernel<T, false>(width, vectors);
   if (const Error error =
-          launch_kernel(kernel, ceil_div(num_tasks, kBagWarps), kBagThreads, launch, params, num_tasks)) {
+          launch_kernel(kernel, ceil_div(num_tasks, kBagWarps), kBagThreads, 0, launch, params, num_tasks)) {
     return error;
   }
   const int64_t num_column_blocks = ceil_div(shape.width, kBagThreads);
   if (const Error error = launch_kernel(memory_bag_combine_kernel<T>, params.num_windows() * num_column_blocks,
-                                        kBagThreads, launch, params, num_column_blocks)) {
+                                        kBagThreads, 0, launch, params, num_column_blocks)) {
     return error;
   }
   if (params.kind == RowGradient::kAccumulate) return nullptr;
   const int64_t num_rows = params.kind == RowGradient::kDense ? shape.map.num_rows : params.max_rows;
   return launch_kernel(vectors ? memory_bag_zero_kernel<T, kVector> : memory_bag_zero_kernel<T, 1>,
-                       ceil_div(num_rows, kZeroWindow * kBagWarps), kBagThreads, launch, params, num_rows);
+                       ceil_div(num_rows, kZeroWindow * kBagWarps), kBagThreads, 0, launch, params, num_rows);
+}
+
+/// Whether rows [u | v] can be read 16 bytes at a time.
+template <typename T, class Params>
+bool peer_has_vectors(const Params& params) {
+  return has_vectors<T>(params.shape, params.query_width, {params.table, params.x});
+}
+
+constexpr Error kTooManyPeers = "peer_bag on CUDA: a token may have 6144 lookups at most";
+
+template <typename T>
+Error BagKernels<T>::peer_fwd(const PeerBagFwdParams& params, const Launch& launch) {
+  const int64_t smem_bytes = peer_smem_bytes(params.shape.lookups);
+  if (smem_bytes > 48 * 1024) return kTooManyPeers;
+  const bool vectors = peer_has_vectors<T>(params) && has_vectors<T>(params.shape, params.query_width, {params.out});
+  return launch_kernel(vectors ? peer_bag_fwd_kernel<T, 16 / sizeof(T)> : peer_bag_fwd_kernel<T, 1>,
+                       params.shape.tokens, kPeerThreads, smem_bytes, launch, params);
+}
+
+template <typename T>
+Error BagKernels<T>::peer_bwd(const PeerBagBwdParams& params, const Launch& launch) {
+  const int64_t smem_bytes = peer_smem_bytes(params.shape.lookups);
+  if (smem_bytes > 48 * 1024) return kTooManyPeers;
+  const bool vectors =
+      peer_has_vectors<T>(params) && has_vectors<T>(params.shape, params.query_width, {params.d_out, params.d_x});
+  return launch_kernel(vectors ? peer_bag_bwd_kernel<T, 16 / sizeof(T)> : peer_bag_bwd_kernel<T, 1>,
+                       params.shape.tokens, kPeerThreads, smem_bytes, launch, params);
 }
 
 }  // namespace remora

@@ -24,6 +24,15 @@ constexpr int64_t kZeroRows = 256;
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t grain(int64_t work) { return std::max<int64_t>(1, kMinWorkPerThread / std::max<int64_t>(1, work)); }
 
+template <class Params>
+Error for_tokens(const Params& params, const Launch& launch, void (*kernel)(const Params&, int64_t, void*)) {
+  const BagShape& shape = params.shape;
+  const bool ok = run_tasks(launch.parallel_for, shape.tokens, grain(shape.lookups * params.row_width()),
+                            memory_bag_kernels(shape.dtype).peer_scratch(shape, params.query_width),
+                            [&](int64_t token, void* scratch) { kernel(params, token, scratch); });
+  return ok ? nullptr : kNoMemory;
+}
+
 }  // namespace
 
 int64_t slot_plan_workspace(const SlotPlanParams& params) { return PlanScratch(params, nullptr).bytes; }
@@ -81,6 +90,14 @@ Error memory_bag_bwd(const MemoryBagBwdParams& params, const Launch& launch) {
     });
   }
   return ok ? nullptr : kNoMemory;
+}
+
+Error peer_bag_fwd(const PeerBagFwdParams& params, const Launch& launch) {
+  return for_tokens(params, launch, memory_bag_kernels(params.shape.dtype).peer_fwd);
+}
+
+Error peer_bag_bwd(const PeerBagBwdParams& params, const Launch& launch) {
+  return for_tokens(params, launch, memory_bag_kernels(params.shape.dtype).peer_bwd);
 }
 
 }  // namespace remora

@@ -19,6 +19,10 @@ struct MemoryBagCpuKernels {
   void (*bwd_combine)(const MemoryBagBwdParams&, int64_t window);
   /// Zeros to the rows [begin, end) of d_table that no segment writes.
   void (*bwd_zero)(const MemoryBagBwdParams&, int64_t begin, int64_t end);
+
+  int64_t (*peer_scratch)(const BagShape&, int64_t query_width);
+  void (*peer_fwd)(const PeerBagFwdParams&, int64_t token, void* scratch);
+  void (*peer_bwd)(const PeerBagBwdParams&, int64_t token, void* scratch);
 };
 
 REMORA_CPU_KERNELS(MemoryBagCpuKernels, memory_bag_kernels)  // defined by cpu_kernels.cpp

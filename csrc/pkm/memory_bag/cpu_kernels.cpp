@@ -1,5 +1,6 @@
 // The kernels of one instruction set; compiled once for each (cmake/CpuIsa.cmake).
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "common/cpu/arena.h"
@@ -251,6 +252,127 @@ void bwd_zero(const MemoryBagBwdParams& p, int64_t begin, int64_t end) {
   }
 }
 
+/// act(x) and its derivative.
+template <class T>
+struct Activated {
+  T value, slope;
+
+  Activated(Activation act, T x) {
+    if (act == Activation::kIdentity) {
+      value = x, slope = 1;
+    } else if (act == Activation::kRelu) {
+      value = x > 0 || x != x ? x : T(0), slope = x > 0;
+    } else if (act == Activation::kGelu) {
+      const T below = T(0.5) * std::erfc(x * T(-0.70710678118654752440));  // of the normal distribution
+      value = x * below, slope = below + x * T(0.39894228040143267794) * std::exp(x * x * T(-0.5));
+    } else {
+      const T gate = T(1) / (T(1) + std::exp(-x));
+      value = x * gate, slope = gate * (T(1) + x * (T(1) - gate));
+    }
+  }
+};
+
+template <class T, class E>
+struct PeerScratch {
+  Run<E> run;
+  T* sum;  // [max(dp, dv)]
+
+  PeerScratch(const BagShape& shape, int64_t query_width, Arena& arena)
+      : run(shape.lookups, arena), sum(arena.take<T>(std::max(shape.width, query_width))) {}
+
+  template <class Params>
+  void find(const Params& p, int64_t token) {
+    for (int64_t m = token * p.shape.lookups; m < (token + 1) * p.shape.lookups; ++m) {
+      const Slot slot = locate(p.shape.map, p.shape.indices[m]);
+      if (slot.row >= 0) run.add(static_cast<const E*>(p.table) + slot.row * p.row_width(), m);
+    }
+    run.close();
+  }
+  /// Rows i ... of the run and those to fetch meanwhile, from column `at`; returns how many.
+  int rows_at(int64_t i, int64_t at, const E** rows, const E** next) const {
+    const int count = static_cast<int>(std::min<int64_t>(kGatherRows, run.size - i));
+    for (int k = 0; k < count; ++k) rows[k] = run.rows[i + k] + at, next[k] = run.rows[i + k + kAhead] + at;
+    return count;
+  }
+  void store_sum(int64_t width, E* out) const {
+    for (int64_t c = 0; c < width; c += kWidth<T>) {
+      store_lanes<T>(out + c, width - c, load_lanes<T>(sum + c, width - c));
+    }
+  }
+};
+
+template <class T, class E>
+int64_t peer_scratch(const BagShape& shape, int64_t query_width) {
+  Arena arena(nullptr);
+  PeerScratch<T, E> scratch(shape, query_width, arena);
+  return arena.used();
+}
+
+template <class T, class E>
+void peer_fwd(const PeerBagFwdParams& p, int64_t token, void* buffer) {
+  const BagShape& shape = p.shape;
+  const int64_t block = shape.width / shape.heads;
+  Arena arena(buffer);
+  PeerScratch<T, E> scratch(shape, p.query_width, arena);
+  scratch.find(p, token);
+  std::fill_n(scratch.sum, shape.width, T(0));
+  const E* x = static_cast<const E*>(p.x) + token * p.query_width;
+  for (int64_t i = 0; i < scratch.run.size; i += kGatherRows) {
+    const E *rows[kGatherRows], *next[kGatherRows];
+    T scores[kGatherRows], weights[kGatherRows];
+    const int count = scratch.rows_at(i, 0, rows, next);
+    gather<false, true, T, E>(count, rows, next, p.query_width, true, nullptr, nullptr, x, scores);
+    for (int64_t b = 0; b < shape.heads; ++b) {
+      scratch.rows_at(i, p.query_width + b * block, rows, next);
+      load_weights(p.weights, scratch.run.lookups + i, count, shape.heads, b, weights);
+      for (int k = 0; k < count; ++k) weights[k] *= Activated<T>(p.act, scores[k]).value;
+      gather<true, false, T, E>(count, rows, next, block, false, weights, scratch.sum + b * block, nullptr, nullptr);
+    }
+  }
+  scratch.store_sum(shape.width, static_cast<E*>(p.out) + token * shape.width);
+}
+
+template <class T, class E>
+void peer_bwd(const PeerBagBwdParams& p, int64_t token, void* buffer) {
+  const BagShape& shape = p.shape;
+  const int64_t heads = shape.heads, block = shape.width / heads, first = token * shape.lookups;
+  Arena arena(buffer);
+  PeerScratch<T, E> scratch(shape, p.query_width, arena);
+  scratch.find(p, token);
+  std::fill_n(scratch.sum, p.query_width, T(0));
+  // For what is no lookup; the others are written below.
+  if (p.d_weights) std::fill_n(static_cast<T*>(p.d_weights) + first * heads, shape.lookups * heads, T(0));
+  if (p.factors) std::fill_n(static_cast<T*>(p.factors) + first * heads, shape.lookups * heads, T(0));
+  if (p.d_scores) std::fill_n(static_cast<T*>(p.d_scores) + first, shape.lookups, T(0));
+  const E* x = static_cast<const E*>(p.x) + token * p.query_width;
+  const E* d_out = static_cast<const E*>(p.d_out) + token * shape.width;
+  for (int64_t i = 0; i < scratch.run.size; i += kGatherRows) {
+    const int32_t* lookups = scratch.run.lookups + i;
+    const E *rows[kGatherRows], *next[kGatherRows];
+    T scores[kGatherRows], dots[kGatherRows], weights[kGatherRows], d_scores[kGatherRows] = {};
+    const int count = scratch.rows_at(i, 0, rows, next);
+    gather<false, true, T, E>(count, rows, next, p.query_width, true, nullptr, nullptr, x, scores);
+    for (int64_t b = 0; b < heads; ++b) {
+      scratch.rows_at(i, p.query_width + b * block, rows, next);
+      gather<false, true, T, E>(count, rows, next, block, true, nullptr, nullptr, d_out + b * block, dots);
+      load_weights(p.weights, lookups, count, heads, b, weights);
+      for (int k = 0; k < count; ++k) {
+        const T value = Activated<T>(p.act, scores[k]).value;
+        d_scores[k] += weights[k] * dots[k];
+        if (p.d_weights) static_cast<T*>(p.d_weights)[lookups[k] * heads + b] = value * dots[k];
+        if (p.factors) static_cast<T*>(p.factors)[lookups[k] * heads + b] = value * weights[k];
+      }
+    }
+    for (int k = 0; k < count; ++k) {
+      d_scores[k] *= Activated<T>(p.act, scores[k]).slope;
+      if (p.d_scores) static_cast<T*>(p.d_scores)[lookups[k]] = d_scores[k];
+    }
+    scratch.rows_at(i, 0, rows, next);
+    gather<true, false, T, E>(count, rows, rows, p.query_width, false, d_scores, scratch.sum, nullptr, nullptr);
+  }
+  scratch.store_sum(p.query_width, static_cast<E*>(p.d_x) + token * p.query_width);
+}
+
 template <class T, class E>
 constexpr MemoryBagCpuKernels kKernels = {
     scratch_bytes<FwdScratch<T, E>>,
@@ -260,6 +382,9 @@ constexpr MemoryBagCpuKernels kKernels = {
     bwd<T, E>,
     bwd_combine<T, E>,
     bwd_zero<T, E>,
+    peer_scratch<T, E>,
+    peer_fwd<T, E>,
+    peer_bwd<T, E>,
 };
 
 }  // namespace

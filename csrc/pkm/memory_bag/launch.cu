@@ -69,4 +69,12 @@ Error memory_bag_bwd(const MemoryBagBwdParams& params, const Launch& launch) {
   return dispatch(params.shape.dtype, [&](auto kernels) { return kernels.bwd(params, launch); });
 }
 
+Error peer_bag_fwd(const PeerBagFwdParams& params, const Launch& launch) {
+  return dispatch(params.shape.dtype, [&](auto kernels) { return kernels.peer_fwd(params, launch); });
+}
+
+Error peer_bag_bwd(const PeerBagBwdParams& params, const Launch& launch) {
+  return dispatch(params.shape.dtype, [&](auto kernels) { return kernels.peer_bwd(params, launch); });
+}
+
 }  // namespace remora

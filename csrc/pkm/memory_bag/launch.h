@@ -14,4 +14,8 @@ Error memory_bag_bwd_weights(const MemoryBagWeightsParams& params, const Launch&
 int64_t memory_bag_bwd_workspace(const MemoryBagBwdParams& params);
 Error memory_bag_bwd(const MemoryBagBwdParams& params, const Launch& launch);
 
+Error peer_bag_fwd(const PeerBagFwdParams& params, const Launch& launch);
+/// The gradient of the table follows from two calls of memory_bag_bwd.
+Error peer_bag_bwd(const PeerBagBwdParams& params, const Launch& launch);
+
 }  // namespace remora

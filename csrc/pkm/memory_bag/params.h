@@ -130,4 +130,38 @@ struct MemoryBagBwdParams {
   constexpr int64_t num_windows() const { return (shape.num_lookups() + kPieceLookups - 1) / kPieceLookups; }
 };
 
+enum class Activation : int32_t { kIdentity, kRelu, kGelu, kSilu };
+
+/// Experts of one neuron: row [u | v] of the table answers x with act(<u, x>) v. The bag is over the columns of v.
+struct PeerBagFwdParams {
+  BagShape shape;       // width dv; out_groups == 1
+  int64_t query_width;  // dp
+  Activation act;
+  const void* table;    // [N, dp + dv]
+  const void* x;        // [T, dp]
+  const void* weights;  // [T, P, h] or null: ones
+  void* out;            // [T, dv]
+
+  constexpr int64_t row_width() const { return query_width + shape.width; }
+};
+
+/// Everything of the backward pass but the table: what is summed into a row is factors[m] d_out[t] and d_scores[m]
+/// x[t].
+struct PeerBagBwdParams {
+  BagShape shape;
+  int64_t query_width;
+  Activation act;
+  const void* table;    // [N, dp + dv]
+  const void* x;        // [T, dp]
+  const void* weights;  // [T, P, h] or null: ones
+  const void* d_out;    // [T, dv]
+
+  void* d_x;        // [T, dp]
+  void* d_weights;  // [T, P, h] or null
+  void* factors;    // [T, P, h] act(score) weight, or null
+  void* d_scores;   // [T, P] gradient of <u, x>, or null
+
+  constexpr int64_t row_width() const { return query_width + shape.width; }
+};
+
 }  // namespace remora

@@ -3,6 +3,7 @@
 from remora.ops.pkm import (
     SlotPlan,
     memory_bag,
+    peer_bag,
     row_norm,
     rowwise_adagrad_,
     rowwise_adam_,
@@ -44,6 +45,7 @@ __all__ = [
     "mom_gated_delta_rule",
     "mom_gated_delta_rule_step",
     "mom_route",
+    "peer_bag",
     "route_plan",
     "row_norm",
     "rowwise_adagrad_",

@@ -17,6 +17,7 @@ from remora.ops import check
 
 MAX_LOOKUPS = 2**31 - 2
 MAX_ROWS = 2**31 - 2
+MAX_PEER_LOOKUPS_CUDA = 6144
 
 
 class SlotPlan(NamedTuple):
@@ -144,9 +145,17 @@ def _check_weights(weights: Tensor, indices: Tensor, width: int, wide: torch.dty
     return weights.to(wide).contiguous()
 
 
-def _check_gradient_targets(
-    row_grad: Tensor | None, buffer: Tensor | None, plan: SlotPlan | None, table: Tensor, wide: torch.dtype
-) -> None:
+def _check_gradient(
+    indices: Tensor, table: Tensor, wide: torch.dtype, plan: SlotPlan | None, row_mask: Tensor | None,
+    row_grad: Tensor | None, buffer: Tensor | None,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Checks where the gradient of the table goes: order, rows, starts, num_rows, row_mask, row_grad, buffer."""
+    if row_mask is not None:
+        if plan is not None:
+            raise ValueError("row_mask belongs to slot_plan when there is a plan")
+        row_mask = _check_row_mask(row_mask, table.shape[0], indices)
+    if plan is not None:
+        _check_plan(plan, indices, table.shape[0])
     if row_grad is not None and buffer is not None:
         raise ValueError("row_grad and accumulate exclude each other")
     if row_grad is not None:
@@ -162,6 +171,7 @@ def _check_gradient_targets(
         check.same_device(buffer, "accumulate", table, "table")
         if buffer.requires_grad or not buffer.is_contiguous():
             raise ValueError("accumulate must be contiguous and require no gradient")
+    return (*(plan or (None, None, None, None)), row_mask, row_grad, buffer)
 
 
 def memory_bag(
@@ -210,20 +220,75 @@ def memory_bag(
         TypeError, ValueError: an argument has a type, dtype, shape, device or value that is not allowed.
     """
     wide = _check_table(table, "table")
-    N, d = table.shape
-    layer_rows = _check_indices(indices, N, groups, layer_rows, offset)
+    layer_rows = _check_indices(indices, table.shape[0], groups, layer_rows, offset)
     check.same_device(indices, "indices", table, "table")
     if weights is not None:
-        weights = _check_weights(weights, indices, d, wide)
-    if row_mask is not None:
-        if plan is not None:
-            raise ValueError("row_mask belongs to slot_plan when there is a plan")
-        row_mask = _check_row_mask(row_mask, N, indices)
-    if plan is not None:
-        _check_plan(plan, indices, N)
-    _check_gradient_targets(row_grad, accumulate, plan, table, wide)
-    order = plan if plan is not None else (None, None, None, None)
+        weights = _check_weights(weights, indices, table.shape[1], wide)
+    gradient = _check_gradient(indices, table, wide, plan, row_mask, row_grad, accumulate)
     out: Tensor = torch.ops.remora.memory_bag_fwd(
-        indices.contiguous(), table, weights, *order, row_mask, row_grad, accumulate, groups, layer_rows, offset
+        indices.contiguous(), table, weights, *gradient, groups, layer_rows, offset
     )
     return out[:, 0] if groups == 1 else out
+
+
+ACTIVATIONS = ("identity", "relu", "gelu", "silu")
+
+
+def peer_bag(
+    indices: Tensor,
+    table: Tensor,
+    x: Tensor,
+    weights: Tensor | None = None,
+    *,
+    act: str = "gelu",
+    groups: int = 1,
+    layer_rows: int | None = None,
+    offset: int = 0,
+    plan: SlotPlan | None = None,
+    row_mask: Tensor | None = None,
+    row_grad: Tensor | None = None,
+    accumulate: Tensor | None = None,
+) -> Tensor:
+    """Weighted sums of experts that are one neuron each (PEER), or of values with pre-values (UltraMemV2).
+
+        o[t] = sum_p weights[t, p] act(<u, x[t]>) v,   [u | v] = table[indices[t, p]]
+
+    in order of p, in float32 (float64 for float64). The weight multiplies after the activation. Groups are summed.
+
+    Sources: He, "Mixture of A Million Experts", arXiv 2407.04153; Huang et al., "UltraMemV2", arXiv 2508.18756.
+
+    Args:
+        indices: as in `memory_bag`.
+        table: [N, dp + dv], u and v side by side; dtypes as in `memory_bag`.
+        x: [T, dp] in the dtype of the table.
+        weights: [T, P] or [T, P, h] of any floating dtype, used as float32 (float64); default ones. With h heads, head
+            c weighs columns c * dv / h ... (c + 1) * dv / h - 1 of v.
+        act: "gelu" (exact), "silu", "relu" or "identity".
+        Other arguments as in `memory_bag`.
+
+    Returns:
+        [T, dv] in the dtype of the table. Differentiable once, in table, x and weights.
+
+    Raises:
+        TypeError, ValueError: an argument has a type, dtype, shape, device or value that is not allowed.
+    """
+    wide = _check_table(table, "table")
+    layer_rows = _check_indices(indices, table.shape[0], groups, layer_rows, offset)
+    check.same_device(indices, "indices", table, "table")
+    check.is_tensor(x, "x")
+    check.has_shape(x, "x", "[T, dp]", [indices.shape[0], None])
+    check.has_dtype(x, "x", (table.dtype,))
+    check.same_device(x, "x", table, "table")
+    check.in_range(x.shape[1], "the width dp of x (with that of table)", 0, table.shape[1])
+    if weights is not None:
+        weights = _check_weights(weights, indices, table.shape[1] - x.shape[1], wide)
+    if act not in ACTIVATIONS:
+        raise ValueError(f"act must be one of {', '.join(ACTIVATIONS)}, got {act!r}")
+    if not _ext.runs_on_cpu_kernels(table):
+        check.in_range(indices.shape[1], "on CUDA, the lookups P of a token", 0, MAX_PEER_LOOKUPS_CUDA)
+    gradient = _check_gradient(indices, table, wide, plan, row_mask, row_grad, accumulate)
+    out: Tensor = torch.ops.remora.peer_bag_fwd(
+        indices.contiguous(), table, x.contiguous(), weights, *gradient, groups, layer_rows, offset,
+        ACTIVATIONS.index(act),
+    )  # fmt: skip
+    return out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -34,3 +35,24 @@ def naive_memory_bag(
     products = (weights[..., None] * values).view(T, P, d)
     out = torch.stack([torch.where((group == e)[..., None], products, 0).sum(1) for e in range(groups)], dim=1)
     return out[:, 0] if groups == 1 else out
+
+
+def naive_peer_bag(
+    indices: Tensor, table: Tensor, x: Tensor, weights: Tensor | None = None, *, act: str = "gelu", groups: int = 1,
+    layer_rows: int | None = None, offset: int = 0,
+) -> Tensor:  # fmt: skip
+    """As `remora.ops.peer_bag`; differentiable, in the dtype of the table."""
+    (T, P), (T, dp) = indices.shape, x.shape
+    if table.shape[0] == 0:
+        return table.new_zeros(T, table.shape[1] - dp)
+    row, _, found = naive_slots(indices, table.shape[0], groups, layer_rows, offset)
+    experts = torch.where(found[..., None], table[row], 0)
+    scores = (experts[..., :dp] * x[:, None]).sum(-1)
+    activate = {"identity": lambda s: s, "relu": F.relu, "gelu": F.gelu, "silu": F.silu}[act]
+    if weights is None:
+        weights = table.new_ones(T, P)
+    weights = weights.reshape(T, P, -1).to(table.dtype)
+    factors = torch.where(found[..., None], weights * activate(scores)[..., None], 0)
+    heads, dv = weights.shape[2], table.shape[1] - dp
+    values = experts[..., dp:].reshape(T, P, heads, dv // heads)
+    return (factors[..., None] * values).sum(1).reshape(T, dv)

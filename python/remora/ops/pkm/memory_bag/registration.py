@@ -171,3 +171,71 @@ torch.library.register_autograd(
     "remora::memory_bag_bwd_weights", _bwd_weights_backward, setup_context=_save_bwd_weights
 )
 torch.library.register_autograd("remora::memory_bag_bwd", _bwd_backward, setup_context=_save_bwd)
+
+
+@torch.library.register_fake("remora::peer_bag_fwd")
+def _peer_fwd_fake(
+    indices: Tensor, table: Tensor, x: Tensor, weights: Tensor | None, order: Tensor | None, rows: Tensor | None,
+    starts: Tensor | None, num_rows: Tensor | None, row_mask: Tensor | None, row_grad: Tensor | None,
+    buffer: Tensor | None, groups: int, layer_rows: int, offset: int, act: int,
+) -> Tensor:  # fmt: skip
+    return table.new_empty((indices.shape[0], table.shape[1] - x.shape[1]))
+
+
+@torch.library.register_fake("remora::peer_bag_bwd")
+def _peer_bwd_fake(
+    indices: Tensor, table: Tensor, x: Tensor, weights: Tensor | None, d_out: Tensor, order: Tensor | None,
+    rows: Tensor | None, starts: Tensor | None, num_rows: Tensor | None, groups: int, layer_rows: int, offset: int,
+    act: int, dense: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    if rows is None:
+        d_table = table.new_empty((0,))
+    elif dense:
+        d_table = table.new_empty(table.shape)
+    else:
+        d_table = table.new_empty((rows.shape[0], table.shape[1]), dtype=_wide(table))
+    d_weights = table.new_empty((0,) if weights is None else weights.shape, dtype=_wide(table))
+    return d_table, x.new_empty(x.shape), d_weights
+
+
+@torch.library.register_fake("remora::peer_bag_bwd_")
+def _peer_bwd_accumulate_fake(
+    indices: Tensor, table: Tensor, x: Tensor, weights: Tensor | None, d_out: Tensor, order: Tensor, rows: Tensor,
+    starts: Tensor, num_rows: Tensor, buffer: Tensor, groups: int, layer_rows: int, offset: int, act: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return x.new_empty(x.shape), table.new_empty((0,) if weights is None else weights.shape, dtype=_wide(table))
+
+
+def _save_peer_fwd(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:11])
+    *ctx.map, ctx.act = inputs[11:]
+
+
+def _peer_fwd_backward(ctx: Any, d_out: Tensor) -> tuple[Any, ...]:
+    indices, table, x, weights, order, rows, starts, num_rows, row_mask, row_grad, buffer = ctx.saved_tensors
+    wants_table, wants_rows = ctx.needs_input_grad[1] and row_grad is None, ctx.needs_input_grad[9]
+    inputs = (indices, table, x, weights, d_out.contiguous())
+    plan: tuple[Tensor | None, ...] = (None, None, None, None)
+    if wants_table or wants_rows:
+        plan = (order, rows, starts, num_rows)
+        if order is None:
+            plan = torch.ops.remora.slot_plan(indices, table.shape[0], *ctx.map, row_mask)
+    d_table = d_rows = None
+    if wants_table and buffer is not None:
+        d_x, d_weights = torch.ops.remora.peer_bag_bwd_(*inputs, *plan, buffer, *ctx.map, ctx.act)
+    else:
+        d_table, d_x, d_weights = torch.ops.remora.peer_bag_bwd(*inputs, *plan, *ctx.map, ctx.act, wants_table)
+        d_table, d_rows = d_table if wants_table else None, d_table if wants_rows else None
+    return None, d_table, d_x, None if weights is None else d_weights, *[None] * 5, d_rows, *[None] * 5
+
+
+def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    pass
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    raise RuntimeError("peer_bag has no second derivative")
+
+
+torch.library.register_autograd("remora::peer_bag_fwd", _peer_fwd_backward, setup_context=_save_peer_fwd)
+torch.library.register_autograd("remora::peer_bag_bwd", _no_second_derivative, setup_context=_save_nothing)

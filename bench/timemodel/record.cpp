@@ -96,7 +96,7 @@ int main(int argc, char** argv) {
   }
   const std::string mode = argv[1], dtype = argv[8];
   const auto number = [&](int i) { return std::atoll(argv[i]); };
-  GatedDeltaRuleShape shape{};
+  RecurrenceShape shape{};
   shape.batch = shape.num_seqs = number(2), shape.seqlen = number(3), shape.num_heads = number(4);
   shape.num_value_heads = number(5), shape.head_dim = number(6), shape.value_dim = number(7);
   const DType type = dtype == "bf16" ? DType::kBFloat16 : dtype == "fp16" ? DType::kFloat16 : DType::kFloat32;

@@ -115,6 +115,11 @@ inline int64_t tasks_per_thread(const RecurrenceShape& shape, int64_t tasks) {
   return std::max<int64_t>(1, kMinWorkPerThread / work);
 }
 
+inline int64_t hardware_threads() {
+  static const int64_t threads = std::max<int64_t>(1, std::thread::hardware_concurrency());
+  return threads;
+}
+
 /// One head of one sequence, or part `part` of `parts` of it.
 struct SequenceTask {
   RecurrenceSequence sequence;
@@ -122,11 +127,11 @@ struct SequenceTask {
 };
 
 /// The tasks of a call, those of the longest sequences first. A head whose tokens are more than one thread's share of
-/// the call is cut into up to max_parts.
+/// the call is cut into up to max_parts, of part_tokens at least.
 class SequenceTasks {
  public:
   SequenceTasks(const RecurrenceShape& shape, const int32_t* cu_seqlens, const int32_t* rows, int64_t heads,
-                int64_t max_parts)
+                int64_t max_parts, int64_t part_tokens = 1)
       : shape_(shape), cu_seqlens_(cu_seqlens), rows_(rows), order_(shape.num_seqs), first_task_(shape.num_seqs + 1) {
     const auto length = [&](int64_t n) { return sequence_at(shape, cu_seqlens, rows, n).length; };
     std::iota(order_.begin(), order_.end(), int64_t{0});
@@ -136,23 +141,35 @@ class SequenceTasks {
     int64_t tokens = 0;
     for (int64_t n = 0; n < shape.num_seqs; ++n) tokens += length(n);
     tokens = std::max<int64_t>(1, tokens * heads);
-    const int64_t threads = std::max<int64_t>(1, std::thread::hardware_concurrency());
     for (int64_t i = 0; i < shape.num_seqs; ++i) {
-      const int64_t shares = (length(order_[i]) * threads + tokens - 1) / tokens;
-      first_task_[i + 1] = first_task_[i] + heads * std::clamp<int64_t>(shares, 1, max_parts);
+      const int64_t shares = (length(order_[i]) * hardware_threads() + tokens - 1) / tokens;
+      const int64_t most = std::clamp<int64_t>(length(order_[i]) / part_tokens, 1, max_parts);
+      first_task_[i + 1] = first_task_[i] + heads * std::clamp<int64_t>(shares, 1, most);
     }
     heads_ = heads;
   }
 
   int64_t count() const { return first_task_.back(); }
+  /// Cuts of the sequences, each through all heads.
+  int64_t cuts() const { return heads_ == 0 ? 0 : count() / heads_ - std::ssize(order_); }
+
+  /// Of these, the one behind the part of a task; the last part of a head has none.
+  int64_t cut_behind(int64_t task) const {
+    const int64_t i = sequence_of(task), parts = (first_task_[i + 1] - first_task_[i]) / heads_;
+    return first_task_[i] / heads_ - i + (task - first_task_[i]) % parts;
+  }
 
   SequenceTask operator[](int64_t task) const {
-    const int64_t i = std::upper_bound(first_task_.begin(), first_task_.end(), task) - first_task_.begin() - 1;
+    const int64_t i = sequence_of(task);
     const int64_t parts = (first_task_[i + 1] - first_task_[i]) / heads_, local = task - first_task_[i];
     return {sequence_at(shape_, cu_seqlens_, rows_, order_[i]), local / parts, local % parts, parts};
   }
 
  private:
+  int64_t sequence_of(int64_t task) const {
+    return std::upper_bound(first_task_.begin(), first_task_.end(), task) - first_task_.begin() - 1;
+  }
+
   const RecurrenceShape& shape_;
   const int32_t *cu_seqlens_, *rows_;
   int64_t heads_;

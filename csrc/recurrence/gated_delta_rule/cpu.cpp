@@ -2,7 +2,10 @@
 // writes and sums in its own order, so results do not depend on the number of threads.
 #include "recurrence/gated_delta_rule/cpu.h"
 
+#include <algorithm>
+#include <cstdint>
 #include <cstring>
+#include <vector>
 
 #include "common/cpu/tasks.h"
 #include "recurrence/gated_delta_rule/launch.h"
@@ -16,6 +19,43 @@ RecurrenceSequence step_sequence(const GatedDeltaRuleStepParams& params, int64_t
   const RecurrenceShape& shape = params.shape;
   if (!params.memories) return sequence_at(shape, params.cu_seqlens, nullptr, n);
   return {n, n, 1, {n, n / shape.seqlen, n % shape.seqlen}, nullptr};
+}
+
+/// Heads of the backward pass are cut along time where there are too few of them and the call is worth two threads.
+SequenceTasks bwd_tasks(const GatedDeltaRuleBwdParams& params) {
+  const int64_t max_parts = tasks_per_thread(params.shape, 2) == 1 ? INT64_MAX : 1;
+  return {params.shape, params.cu_seqlens, params.rows, params.shape.num_heads, max_parts, kStateInterval};
+}
+
+int64_t bytes_per_cut(const GatedDeltaRuleBwdParams& params) {
+  const RecurrenceShape& shape = params.shape;
+  return shape.num_value_heads * shape.head_dim * shape.value_dim * size_of(params.state_dtype);
+}
+
+/// Gradient of the state [HV, K, V] at the cut behind a task, in the workspace.
+char* d_state_behind(const GatedDeltaRuleBwdParams& params, const SequenceTasks& tasks, int64_t task) {
+  return static_cast<char*>(params.workspace) + tasks.cut_behind(task) * bytes_per_cut(params);
+}
+
+/// The gradient of the state at all cuts, into the workspace.
+bool run_bwd_cuts(const GatedDeltaRuleBwdParams& params, const Launch& launch, const SequenceTasks& tasks) {
+  const RecurrenceShape& shape = params.shape;
+  const GatedDeltaRuleCpuKernels& kernels = gated_delta_rule_kernels(params.dtype);
+  std::vector<int64_t> first_parts;  // of the sequences with cuts: the longest ones, so they stand first
+  for (int64_t i = 0; i < tasks.count() && tasks[i].parts > 1; i += shape.num_heads * tasks[i].parts) {
+    first_parts.push_back(i);
+  }
+  const int64_t columns = (shape.value_dim + kGatedDeltaRuleColumns - 1) / kGatedDeltaRuleColumns;
+  const int64_t heads = std::ssize(first_parts) * shape.num_value_heads;
+  const int64_t shares = std::clamp<int64_t>((hardware_threads() + heads - 1) / heads, 1, columns);
+  const auto run = [&](int64_t i, void* scratch) {
+    const int64_t share = i % shares, value_head = i / shares % shape.num_value_heads;
+    const int64_t first = first_parts[i / shares / shape.num_value_heads];
+    kernels.bwd_cuts(params, tasks[first].sequence, value_head,
+                     {columns * share / shares, columns * (share + 1) / shares}, tasks[first].parts,
+                     d_state_behind(params, tasks, first), scratch);
+  };
+  return run_tasks(launch.parallel_for, heads * shares, 1, kernels.bwd_cuts_scratch(shape), run);
 }
 
 }  // namespace
@@ -40,7 +80,9 @@ Error gated_delta_rule_fwd(const GatedDeltaRuleFwdParams& params, const Launch& 
   return ok ? nullptr : kNoMemory;
 }
 
-int64_t gated_delta_rule_bwd_workspace(const GatedDeltaRuleBwdParams&, const Launch&) { return 0; }
+int64_t gated_delta_rule_bwd_workspace(const GatedDeltaRuleBwdParams& params, const Launch&) {
+  return bwd_tasks(params).cuts() * bytes_per_cut(params);
+}
 
 Error gated_delta_rule_bwd(const GatedDeltaRuleBwdParams& params, const Launch& launch) {
   const RecurrenceShape& shape = params.shape;
@@ -56,11 +98,13 @@ Error gated_delta_rule_bwd(const GatedDeltaRuleBwdParams& params, const Launch& 
   zero(params.dg, gate_bytes);
   zero(params.dbeta, gate_bytes);
 
-  const SequenceTasks tasks(shape, params.cu_seqlens, params.rows, shape.num_heads, 1);
+  const SequenceTasks tasks = bwd_tasks(params);
+  if (tasks.cuts() > 0 && !run_bwd_cuts(params, launch, tasks)) return kNoMemory;
   const bool ok = run_tasks(launch.parallel_for, tasks.count(), tasks_per_thread(shape, tasks.count()),
                             kernels.bwd_scratch(shape), [&](int64_t i, void* scratch) {
                               const SequenceTask task = tasks[i];
-                              kernels.bwd(params, task.sequence, task.head, scratch);
+                              kernels.bwd(params, task.sequence, task.head, {task.part, task.parts},
+                                          d_state_behind(params, tasks, i), scratch);
                             });
   return ok ? nullptr : kNoMemory;
 }

@@ -3,6 +3,10 @@
 // Intervals of kStateInterval tokens from right to left: the states entering every chunk of the interval are computed
 // again from the saved one, then its chunks are walked back with dS, the gradient of the state that leaves them.
 // Sums over the value heads of a key head run in the order of the heads.
+//
+// dS depends on no state. Where heads are too few for the threads, it is walked alone first, a quarter of the work and
+// independent in every column, and kept where the sequence is cut; then the parts between the cuts are independent,
+// too, and give the bits of the whole.
 #pragma once
 #include <algorithm>
 
@@ -128,14 +132,12 @@ REMORA_INLINE void sum_chunk_rows(T* out, const T* rows) {
   }
 }
 
-/// Gradients of the residuals of one panel, and of its state: on entry dS leaves the chunk, on return it enters it.
-template <class Op, class E>
-REMORA_INLINE void bwd_columns(const KeyChunk<Op>& key, const ValueChunk<typename Op::Real>& value,
-                               const Panel<Op>& d_state, int64_t padded, const Tile<E>& d_o,
-                               const typename Op::Real* residual, int64_t stride, typename Op::Row* dv_rows,
-                               typename Op::Row* u_rows, typename Op::Real* d_beta, const OutputTile<E>& dv) {
+/// Walks dS of one panel back over a chunk: on entry it leaves the chunk, on return it enters it. Calls
+/// solved(j, d_u, d_v) with the gradients of u_j and v_j, from the last token to the first.
+template <class Op, class E, class Solved>
+REMORA_INLINE void walk_back(const KeyChunk<Op>& key, const ValueChunk<typename Op::Real>& value,
+                             const Panel<Op>& d_state, int64_t padded, const Tile<E>& d_o, const Solved& solved) {
   using T = typename Op::Real;
-  constexpr int w = kWidth<T>;
   Vec<T> x[kChunk];
   multiply_panel<Op>(x, key.k, d_state, padded);
   unroll<kChunk>([&](auto i) REMORA_ALWAYS_INLINE { x[i] *= value.k_write[i]; });
@@ -145,13 +147,10 @@ REMORA_INLINE void bwd_columns(const KeyChunk<Op>& key, const ValueChunk<typenam
   });
   unroll<kChunk>([&](auto step) REMORA_ALWAYS_INLINE {
     constexpr int j = kChunk - 1 - step;
-    const Vec<T> r = load<T>(residual + j * stride);
-    store<T>(d_beta + j * w, load<T>(d_beta + j * w) + x[j] * r);
+    const Vec<T> d_u = x[j];
     x[j] *= value.beta[j];
     unroll<j>([&](auto i) REMORA_ALWAYS_INLINE { x[i] -= x[j] * value.lower[j * kChunk + i]; });
-    dv.template store_row<T>(j, x[j]);
-    store<T>(dv_rows + j * stride, x[j]);
-    store<T>(u_rows + j * stride, r * value.beta[j]);
+    solved(std::integral_constant<int, j>{}, d_u, x[j]);
   });
   Vec<T> u[2][kChunk];
   unroll<kChunk>([&](auto i) REMORA_ALWAYS_INLINE {
@@ -159,6 +158,23 @@ REMORA_INLINE void bwd_columns(const KeyChunk<Op>& key, const ValueChunk<typenam
     u[1][i] = x[i] * -value.k_read[i];
   });
   rank_update<Op, 2>(d_state, padded, value.total, {key.q_pairs(), key.k_pairs()}, u);
+}
+
+/// The same, keeping what the rest of the backward pass reads: dv, u, and the sums of dbeta.
+template <class Op, class E>
+REMORA_INLINE void bwd_columns(const KeyChunk<Op>& key, const ValueChunk<typename Op::Real>& value,
+                               const Panel<Op>& d_state, int64_t padded, const Tile<E>& d_o,
+                               const typename Op::Real* residual, int64_t stride, typename Op::Row* dv_rows,
+                               typename Op::Row* u_rows, typename Op::Real* d_beta, const OutputTile<E>& dv) {
+  using T = typename Op::Real;
+  constexpr int w = kWidth<T>;
+  walk_back<Op>(key, value, d_state, padded, d_o, [&](auto j, Vec<T> d_u, Vec<T> d_v) REMORA_ALWAYS_INLINE {
+    const Vec<T> r = load<T>(residual + j * stride);
+    store<T>(d_beta + j * w, load<T>(d_beta + j * w) + d_u * r);
+    dv.template store_row<T>(j, d_v);
+    store<T>(dv_rows + j * stride, d_v);
+    store<T>(u_rows + j * stride, r * value.beta[j]);
+  });
 }
 
 /// Coefficients of the tokens' own products; only i >= j (k_by_*: i > j) is filled in and read.
@@ -266,6 +282,12 @@ REMORA_INLINE void bwd_features(const ValueChunk<T>& value, const PairGradients<
   });
 }
 
+/// Strides of d_o [B, T, HV, V].
+constexpr TokenStrides output_stride(const RecurrenceShape& shape) {
+  const int64_t token = shape.num_value_heads * shape.value_dim;
+  return {shape.seqlen * token, token, shape.value_dim};
+}
+
 /// Zero-padded rows of a chunk in T.
 template <class T, class E>
 REMORA_INLINE void load_rows(T* rows, const Tile<E>& data, int64_t tokens, int64_t dims) {
@@ -304,8 +326,62 @@ REMORA_INLINE void store_gradient(E* out, const T* gradient, const T* x, T norm,
   }
 }
 
+/// dS at every cut, for some columns of one value head.
+template <class Op, class E>
+void bwd_cuts(const GatedDeltaRuleBwdParams& p, const RecurrenceSequence& sequence, int64_t value_head,
+              GatedDeltaRuleColumns part, int64_t parts, void* d_states, void* buffer) {
+  using T = typename Op::Real;
+  constexpr int w = kWidth<T>;
+  const RecurrenceShape& shape = p.shape;
+  const int64_t dims = shape.head_dim, columns = shape.value_dim, value_heads = shape.num_value_heads;
+  const int64_t padded = pad(dims), head = value_head / (value_heads / shape.num_heads);
+  const int64_t first_tile = part.begin * kGatedDeltaRuleColumns / w;
+  const int64_t end_tile = min(part.end * kGatedDeltaRuleColumns / w, (columns + w - 1) / w);
+
+  Arena arena(buffer);
+  WalkScratch<Op, E> scratch(shape, arena);
+  KeyChunk<Op>& key = *scratch.key;
+  ValueChunk<T>& value = *scratch.value;
+  for (int64_t tile = first_tile; tile < end_tile; ++tile) {
+    const int64_t j = tile * w;
+    const T* d_final = static_cast<const T*>(p.d_final_state);
+    if (d_final) {
+      d_final += (sequence.index * value_heads + value_head) * dims * columns + column_offset(j, dims, p.state_v_first);
+    }
+    load_panel(scratch.panel(tile, padded), d_final, dims, columns, min(w, columns - j), p.state_v_first);
+  }
+
+  const int64_t intervals = (sequence.length + kStateInterval - 1) / kStateInterval;
+  int64_t end = sequence.length;
+  for (int64_t cut = parts - 2; cut >= 0; --cut) {
+    const int64_t begin = GatedDeltaRulePart{cut, parts}.end(intervals) * kStateInterval;
+    for (int64_t t = begin + (end - begin - 1) / kChunk * kChunk; t >= begin; t -= kChunk) {
+      const int64_t tokens = min(kChunk, end - t);
+      const ChunkRows<kChunk> rows(shape, sequence, t, tokens);
+      make_key_chunk<Op>(key, head_tile<E>(p.q, p.q_stride, head, rows), head_tile<E>(p.k, p.k_stride, head, rows),
+                         tokens, dims, p.use_qk_l2norm, scratch.copy);
+      make_value_chunk<Op>(value, key, p.g ? static_cast<const T*>(p.g) + value_head : nullptr,
+                           static_cast<const T*>(p.beta) + value_head, value_heads, rows, tokens,
+                           static_cast<T>(p.scale));
+      const Tile<E> d_o = head_tile<E>(p.d_o, output_stride(shape), value_head, rows);
+      for (int64_t tile = first_tile; tile < end_tile; ++tile) {
+        E copy[kChunk * w];
+        const Tile<E> d_o_tile = whole_tile(d_o.columns_from(tile * w), tokens, min(w, columns - tile * w), w, copy);
+        walk_back<Op>(key, value, scratch.panel(tile, padded), padded, d_o_tile,
+                      [](auto, Vec<T>, Vec<T>) REMORA_ALWAYS_INLINE {});
+      }
+    }
+    T* d_state = static_cast<T*>(d_states) + (cut * value_heads + value_head) * dims * columns;
+    for (int64_t tile = first_tile; tile < end_tile; ++tile) {
+      store_panel(scratch.panel(tile, padded), d_state + tile * w, dims, columns, min(w, columns - tile * w), false);
+    }
+    end = begin;
+  }
+}
+
 template <class Op, class E, class Saved>
-void bwd(const GatedDeltaRuleBwdParams& p, const RecurrenceSequence& sequence, int64_t head, void* buffer) {
+void bwd(const GatedDeltaRuleBwdParams& p, const RecurrenceSequence& sequence, int64_t head, GatedDeltaRulePart part,
+         const void* d_state_behind, void* buffer) {
   using T = typename Op::Real;
   using Row = typename Op::Row;
   constexpr int w = kWidth<T>;
@@ -323,18 +399,21 @@ void bwd(const GatedDeltaRuleBwdParams& p, const RecurrenceSequence& sequence, i
                          scratch.d_state_packed + r * Panel<Op>::packed_size(padded, padded_columns), tile, padded);
   };
 
+  const bool is_last = part.index + 1 == part.count;
+  const bool v_first = is_last && p.state_v_first;
   for (int64_t r = 0; r < group; ++r) {
-    const int64_t offset = (sequence.index * value_heads + head * group + r) * dims * columns;
+    const int64_t value_head = head * group + r;
+    const T* d_state = static_cast<const T*>(is_last ? p.d_final_state : d_state_behind);
+    if (d_state) d_state += ((is_last ? sequence.index * value_heads : 0) + value_head) * dims * columns;
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t j = tile * w, lanes = max(0, min(w, columns - j));
-      const T* d_final = static_cast<const T*>(p.d_final_state);
-      d_final = d_final && lanes > 0 ? d_final + offset + column_offset(j, dims, p.state_v_first) : nullptr;
-      load_panel(d_state_panel(r, tile), d_final, dims, columns, lanes, p.state_v_first);
+      load_panel(d_state_panel(r, tile), d_state && lanes > 0 ? d_state + column_offset(j, dims, v_first) : nullptr,
+                 dims, columns, lanes, v_first);
     }
   }
 
   const int64_t intervals = (sequence.length + kStateInterval - 1) / kStateInterval;
-  for (int64_t interval = intervals - 1; interval >= 0; --interval) {
+  for (int64_t interval = part.end(intervals) - 1; interval >= part.begin(intervals); --interval) {
     const int64_t start = interval * kStateInterval;
     const int64_t interval_tokens = min(kStateInterval, sequence.length - start);
     const int64_t chunks = (interval_tokens + kChunk - 1) / kChunk;
@@ -415,15 +494,14 @@ void bwd(const GatedDeltaRuleBwdParams& p, const RecurrenceSequence& sequence, i
         transpose_state<Op>(scratch.d_state_transposed, d_state, padded, padded_columns);
         const T through =
             p.dg ? value.total * state_product<T>(scratch.state_values + c * state_size, d_state, state_size) : T(0);
-        const TokenStrides o_stride{shape.seqlen * value_heads * columns, value_heads * columns, columns};
-        const Tile<E> d_o = head_tile<E>(p.d_o, o_stride, value_head, rows);
+        const Tile<E> d_o = head_tile<E>(p.d_o, output_stride(shape), value_head, rows);
         load_operand<Op>(scratch.d_o, d_o, tokens, columns, scratch.copy);
         for (int64_t tile = 0; tile < tiles; ++tile) {
           const int64_t j = tile * w, lanes = max(0, min(w, columns - j));
           E copy[kChunk * w];
           const Tile<E> d_o_tile = whole_tile(d_o.columns_from(j), tokens, lanes, w, copy);
-          const OutputTile<E> dv_tile{static_cast<E*>(p.dv) + value_head * columns + j, o_stride.token, rows, tokens,
-                                      lanes};
+          const OutputTile<E> dv_tile{static_cast<E*>(p.dv) + value_head * columns + j, value_heads * columns, rows,
+                                      tokens, lanes};
           bwd_columns<Op>(key, value, d_state_panel(r, tile), padded, d_o_tile, residual + j, padded_columns,
                           scratch.dv_rows + j, scratch.u_rows + j, lanes_beta, dv_tile);
         }
@@ -471,7 +549,7 @@ void bwd(const GatedDeltaRuleBwdParams& p, const RecurrenceSequence& sequence, i
     }
   }
 
-  if (!p.d_initial_state) return;
+  if (!p.d_initial_state || part.index > 0) return;
   for (int64_t r = 0; r < group; ++r) {
     T* d_initial =
         static_cast<T*>(p.d_initial_state) + (sequence.index * value_heads + head * group + r) * dims * columns;

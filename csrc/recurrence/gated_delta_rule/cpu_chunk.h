@@ -220,6 +220,37 @@ inline void store_panel(const Panel<Op>& panel, E* data, int64_t dims, int64_t v
   }
 }
 
+/// What one value head needs to walk a state over the chunks of a sequence.
+template <class Op, class E>
+struct WalkScratch {
+  using T = typename Op::Real;
+  KeyChunk<Op>* key;
+  ValueChunk<T>* value;
+  T* state;  // panels
+  typename Op::Word* packed;
+  E* copy;
+
+  WalkScratch(const RecurrenceShape& shape, Arena& arena) {
+    const int64_t padded = pad(shape.head_dim), columns = pad(shape.value_dim);
+    key = arena.take<KeyChunk<Op>>(1);
+    KeyChunk<Op> counted;
+    (key ? *key : counted).take(arena, padded);
+    value = arena.take<ValueChunk<T>>(1);
+    state = arena.take<T>(padded * columns);
+    packed = arena.take<typename Op::Word>(Panel<Op>::packed_size(padded, columns));
+    copy = arena.take<E>(operand_copy_size(shape.head_dim));
+  }
+
+  Panel<Op> panel(int64_t tile, int64_t padded) const { return Panel<Op>::of(state, packed, tile, padded); }
+};
+
+template <class Op, class E>
+int64_t walk_scratch(const RecurrenceShape& shape) {
+  Arena arena(nullptr);
+  WalkScratch<Op, E> scratch(shape, arena);
+  return arena.used();
+}
+
 /// Offset of value column j in a state matrix.
 constexpr int64_t column_offset(int64_t j, int64_t dims, bool v_first) { return v_first ? j * dims : j; }
 

@@ -6,36 +6,6 @@
 namespace remora::REMORA_CPU_ISA {
 
 template <class Op, class E>
-struct FwdScratch {
-  using T = typename Op::Real;
-  KeyChunk<Op>* key;
-  ValueChunk<T>* value;
-  T* state;  // panels
-  typename Op::Word* packed;
-  E* copy;
-
-  FwdScratch(const RecurrenceShape& shape, Arena& arena) {
-    const int64_t padded = pad(shape.head_dim), columns = pad(shape.value_dim);
-    key = arena.take<KeyChunk<Op>>(1);
-    KeyChunk<Op> counted;
-    (key ? *key : counted).take(arena, padded);
-    value = arena.take<ValueChunk<T>>(1);
-    state = arena.take<T>(padded * columns);
-    packed = arena.take<typename Op::Word>(Panel<Op>::packed_size(padded, columns));
-    copy = arena.take<E>(operand_copy_size(shape.head_dim));
-  }
-
-  Panel<Op> panel(int64_t tile, int64_t padded) const { return Panel<Op>::of(state, packed, tile, padded); }
-};
-
-template <class Op, class E>
-int64_t fwd_scratch(const RecurrenceShape& shape) {
-  Arena arena(nullptr);
-  FwdScratch<Op, E> scratch(shape, arena);
-  return arena.used();
-}
-
-template <class Op, class E>
 REMORA_INLINE void fwd_tile(const KeyChunk<Op>& key, const ValueChunk<typename Op::Real>& value, const Panel<Op>& state,
                             int64_t padded, const Tile<E>& v, const OutputTile<E>& o) {
   using T = typename Op::Real;
@@ -70,7 +40,7 @@ void fwd(const GatedDeltaRuleFwdParams& p, const RecurrenceSequence& sequence, i
   const int64_t state_offset = (sequence.index * value_heads + value_head) * dims * columns;
 
   Arena arena(buffer);
-  FwdScratch<Op, E> scratch(shape, arena);
+  WalkScratch<Op, E> scratch(shape, arena);
   KeyChunk<Op>& key = *scratch.key;
   ValueChunk<T>& value = *scratch.value;
 

@@ -8,8 +8,10 @@ namespace {
 
 template <class Op, class E, class Saved>
 constexpr GatedDeltaRuleCpuKernels kKernels = {
-    fwd_scratch<Op, E>,
+    walk_scratch<Op, E>,
     fwd<Op, E, Saved>,
+    walk_scratch<Op, E>,
+    bwd_cuts<Op, E>,
     bwd_scratch<Op, E>,
     bwd<Op, E, Saved>,
     step_scratch<typename Op::Real>,

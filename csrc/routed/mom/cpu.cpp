@@ -2,6 +2,7 @@
 #include "routed/mom/cpu.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "routed/mom/launch.h"
 
@@ -20,25 +21,43 @@ int64_t sequence_of(const RoutePlanParams& p, int64_t token) {
   return n >= 0 && token < p.cu_seqlens[n + 1] ? n : -1;
 }
 
-/// Segment of a choice, or S if it is dropped.
-int64_t segment_of(const RoutePlanParams& p, int64_t item) {
-  const int64_t token = item / p.choices(), choice = item % p.choices();
-  const int64_t n = sequence_of(p, token);
-  const int64_t memory = choice == p.topk ? p.num_memories : p.indices[token * p.topk + choice];
-  const bool is_kept = n >= 0 && (!p.mask || p.mask[token]) && memory >= 0 && memory < p.memories() &&
-                       (choice == p.topk || memory < p.num_memories);
-  return is_kept ? n * p.memories() + memory : p.segments();
+/// Calls body(row, segment) for every choice of tokens [begin, end), in order; segment S is that of dropped ones.
+template <class Body>
+void for_each_choice(const RoutePlanParams& p, int64_t begin, int64_t end, const Body& body) {
+  for (int64_t token = begin; token < end; ++token) {
+    const int64_t n = sequence_of(p, token);
+    const bool is_real = n >= 0 && (!p.mask || p.mask[token]);
+    for (int64_t j = 0; j < p.choices(); ++j) {
+      const int64_t memory = j == p.topk ? p.num_memories : p.indices[token * p.topk + j];
+      const bool is_kept = is_real && memory >= 0 && (j == p.topk || memory < p.num_memories);
+      body(j * p.tokens + token, is_kept ? n * p.memories() + memory : p.segments());
+    }
+  }
+}
+
+/// Tokens are counted and sorted by chunks; more of them than this many choices each would cost more than they save.
+constexpr int64_t kMinPlanChunk = 4096, kMaxPlanChunks = 64;
+
+int64_t plan_chunks(const RoutePlanParams& p) {
+  return std::clamp<int64_t>(p.items() / std::max(kMinPlanChunk, p.segments()), 1, kMaxPlanChunks);
 }
 
 }  // namespace
 
-int64_t mom_route_workspace(const MomRouteParams& params) { return params.num_memories * 8; }
+int64_t mom_route_workspace(const MomRouteParams& params) {
+  return loss_blocks(params) * (params.num_memories + 1) * 2 * 8;
+}
 
 Error mom_route_fwd(const MomRouteParams& params, const Launch& launch) {
   const MomCpuKernels& kernels = mom_kernels(params.dtype);
-  launch.parallel_for(params.rows, grain(params.num_memories * (params.topk + 8)),
+  const int64_t row_work = params.num_memories * (params.topk + 8);
+  launch.parallel_for(params.rows, grain(row_work),
                       [&](int64_t begin, int64_t end) { kernels.route_fwd(params, begin, end); });
-  if (params.with_losses) kernels.route_losses(params);
+  if (!params.with_losses) return nullptr;
+  launch.parallel_for(loss_blocks(params), grain(row_work * kLossRows), [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) kernels.route_partial(params, block);
+  });
+  kernels.route_losses(params);
   return nullptr;
 }
 
@@ -48,36 +67,56 @@ Error mom_route_bwd(const MomRouteParams& params, const Launch& launch) {
   return nullptr;
 }
 
-int64_t route_plan_workspace(const RoutePlanParams& params) { return (params.segments() + 1) * 3 * 8; }
+int64_t route_plan_workspace(const RoutePlanParams& params) {
+  return (params.segments() + 1) * (plan_chunks(params) + 2) * 8;
+}
 
-Error route_plan(const RoutePlanParams& p, const Launch&) {
-  const int64_t num_segments = p.segments(), num_items = p.items();
-  int64_t* counts = static_cast<int64_t*>(p.workspace);
-  int64_t* dropped = counts + num_segments + 1;
-  int64_t* ranks = dropped + num_segments + 1;
-  std::fill(counts, counts + num_segments + 1, 0);
-  std::fill(ranks, ranks + num_segments + 1, 0);
-  for (int64_t item = 0; item < num_items; ++item) ++counts[segment_of(p, item)];
+Error route_plan(const RoutePlanParams& p, const Launch& launch) {
+  const int64_t num_segments = p.segments(), num_chunks = plan_chunks(p);
+  int64_t* const totals = static_cast<int64_t*>(p.workspace);  // [S + 1]
+  int64_t* const dropped = totals + num_segments + 1;          // [S + 1] where a segment's dropped choices begin
+  int64_t* const ranks = dropped + num_segments + 1;           // [chunks, S + 1] of a chunk's next choice
+  const auto for_each_chunk = [&](const auto& body) {
+    launch.parallel_for(num_chunks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t chunk = begin; chunk < end; ++chunk) {
+        body(ranks + chunk * (num_segments + 1), p.tokens * chunk / num_chunks, p.tokens * (chunk + 1) / num_chunks);
+      }
+    });
+  };
+  for_each_chunk([&](int64_t* counts, int64_t begin, int64_t end) {
+    std::fill(counts, counts + num_segments + 1, 0);
+    for_each_choice(p, begin, end, [&](int64_t, int64_t segment) { ++counts[segment]; });
+  });
+  std::fill(totals, totals + num_segments + 1, 0);
+  for (int64_t chunk = 0; chunk < num_chunks; ++chunk) {
+    for (int64_t s = 0; s <= num_segments; ++s) {
+      int64_t& rank = ranks[chunk * (num_segments + 1) + s];
+      totals[s] += std::exchange(rank, totals[s]);
+    }
+  }
+
   const auto kept = [&](int64_t segment) {
     if (segment == num_segments) return int64_t{0};
     const bool is_bounded = p.capacity >= 0 && segment % p.memories() < p.num_memories;
-    return is_bounded ? std::min(counts[segment], p.capacity) : counts[segment];
+    return is_bounded ? std::min(totals[segment], p.capacity) : totals[segment];
   };
   int64_t position = 0;
   for (int64_t s = 0; s < num_segments; ++s) {
-    p.offsets[s] = static_cast<int32_t>(position), p.counts[s] = static_cast<int32_t>(counts[s]);
+    p.offsets[s] = static_cast<int32_t>(position), p.counts[s] = static_cast<int32_t>(totals[s]);
     position += kept(s);
   }
   p.offsets[num_segments] = static_cast<int32_t>(position);
-  for (int64_t s = 0; s <= num_segments; ++s) dropped[s] = position, position += counts[s] - kept(s);
-  for (int64_t item = 0; item < num_items; ++item) {
-    const int64_t s = segment_of(p, item), rank = ranks[s]++;
-    const int64_t num_dropped = counts[s] - kept(s), first = p.drop_oldest ? num_dropped : 0;
-    const bool is_kept = rank >= first && rank < first + kept(s);
-    const int64_t to = is_kept ? p.offsets[s] + rank - first : dropped[s] + (rank < first ? rank : rank - kept(s));
-    const int64_t row = item % p.choices() * p.tokens + item / p.choices();
-    p.rows[to] = static_cast<int32_t>(row), p.positions[row] = static_cast<int32_t>(to);
-  }
+  for (int64_t s = 0; s <= num_segments; ++s) dropped[s] = position, position += totals[s] - kept(s);
+
+  for_each_chunk([&](int64_t* next_rank, int64_t begin, int64_t end) {
+    for_each_choice(p, begin, end, [&](int64_t row, int64_t s) {
+      const int64_t rank = next_rank[s]++, num_kept = kept(s);
+      const int64_t first = p.drop_oldest ? totals[s] - num_kept : 0;
+      const bool is_kept = rank >= first && rank < first + num_kept;
+      const int64_t to = is_kept ? p.offsets[s] + rank - first : dropped[s] + (rank < first ? rank : rank - num_kept);
+      p.rows[to] = static_cast<int32_t>(row), p.positions[row] = static_cast<int32_t>(to);
+    });
+  });
   return nullptr;
 }
 

@@ -1,4 +1,5 @@
 // The kernels of one instruction set; compiled once for each (cmake/CpuIsa.cmake).
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -53,27 +54,51 @@ void route_fwd(const MomRouteParams& p, int64_t begin, int64_t end) {
   }
 }
 
+/// Sums of a block of tokens: of the probabilities [M] and of lse^2; how many chose each memory [M], and how many are
+/// no padding.
+template <class T>
+struct LossSums {
+  T* sums;
+  int64_t* counts;
+
+  LossSums(const MomRouteParams& p, int64_t block) {
+    const int64_t size = p.num_memories + 1;
+    int64_t* const words = static_cast<int64_t*>(p.workspace) + 2 * block * size;
+    counts = words, sums = reinterpret_cast<T*>(words + size);
+  }
+};
+
 template <class T, class E>
-void route_losses(const MomRouteParams& p) {
+void route_partial(const MomRouteParams& p, int64_t block) {
   const int64_t M = p.num_memories;
-  T* probability = static_cast<T*>(p.workspace);
-  for (int64_t e = 0; e < M; ++e) probability[e] = 0;
-  for (int64_t e = 0; e <= M; ++e) p.counts[e] = 0;
-  T z = 0;
-  for (int64_t row = 0; row < p.rows; ++row) {
+  const LossSums<T> of(p, block);
+  std::fill(of.sums, of.sums + M + 1, T{0});
+  std::fill(of.counts, of.counts + M + 1, 0);
+  for (int64_t row = block * kLossRows; row < std::min(p.rows, (block + 1) * kLossRows); ++row) {
     if (p.mask && !p.mask[row]) continue;
     const T lse = static_cast<const T*>(p.lse)[row];
     for (int64_t e = 0; e < M; ++e)
-      probability[e] += std::exp(load_one<T>(static_cast<const E*>(p.logits) + row * M + e) - lse);
-    for (int64_t j = 0; j < p.topk; ++j) ++p.counts[p.indices[row * p.topk + j]];
-    ++p.counts[M];
-    z += lse * lse;
+      of.sums[e] += std::exp(load_one<T>(static_cast<const E*>(p.logits) + row * M + e) - lse);
+    for (int64_t j = 0; j < p.topk; ++j) ++of.counts[p.indices[row * p.topk + j]];
+    of.sums[M] += lse * lse;
+    ++of.counts[M];
   }
-  const T n = static_cast<T>(std::max<int64_t>(1, p.counts[M]));
+}
+
+template <class T>
+void route_losses(const MomRouteParams& p) {
+  const int64_t M = p.num_memories;
+  const LossSums<T> all(p, 0);
+  for (int64_t block = 1; block < loss_blocks(p); ++block) {
+    const LossSums<T> of(p, block);
+    for (int64_t e = 0; e <= M; ++e) all.sums[e] += of.sums[e], all.counts[e] += of.counts[e];
+  }
+  const T n = static_cast<T>(std::max<int64_t>(1, all.counts[M]));
   T balance = 0;
-  for (int64_t e = 0; e < M; ++e) balance += static_cast<T>(p.counts[e]) / n * (probability[e] / n);
+  for (int64_t e = 0; e < M; ++e) balance += static_cast<T>(all.counts[e]) / n * (all.sums[e] / n);
+  for (int64_t e = 0; e <= M; ++e) p.counts[e] = static_cast<int32_t>(all.counts[e]);
   static_cast<T*>(p.losses)[0] = static_cast<T>(M) * balance;
-  static_cast<T*>(p.losses)[1] = z / n;
+  static_cast<T*>(p.losses)[1] = all.sums[M] / n;
 }
 
 template <class T, class E>
@@ -150,8 +175,8 @@ void combine_bwd(const MomCombineParams& p, int64_t begin, int64_t end) {
 }
 
 template <class T, class E>
-constexpr MomCpuKernels kKernels = {route_fwd<T, E>, route_losses<T, E>, route_bwd<T, E>, combine_fwd<T, E>,
-                                    combine_bwd<T, E>};
+constexpr MomCpuKernels kKernels = {route_fwd<T, E>, route_partial<T, E>, route_losses<T>,
+                                    route_bwd<T, E>, combine_fwd<T, E>,   combine_bwd<T, E>};
 
 }  // namespace
 

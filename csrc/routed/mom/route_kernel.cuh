@@ -67,19 +67,44 @@ __global__ void __launch_bounds__(32 * kRouteWarps) mom_route_fwd_kernel(const _
   for (int j = lane_idx; p.renormalize && j < topk; j += 32) weights[j] /= chosen;
 }
 
+/// Lanes that the memories of a row take: a power of two, so that a warp reads whole rows side by side.
+__device__ __forceinline__ int lanes_per_row(int64_t num_memories) {
+  int lanes = 32;
+  while (lanes / 2 >= num_memories) lanes /= 2;
+  return lanes;
+}
+
+/// Sums over the rows that a CTA reads: over the rows of a lane, the row groups of a warp, the warps, in this order.
+template <typename T>
+__device__ __forceinline__ T sum_over_rows(T x, int lanes, T* smem_sums) {
+  for (int mask = 16; mask >= lanes; mask /= 2) x += __shfl_xor_sync(kFullWarp, x, mask);
+  __syncthreads();
+  smem_sums[threadIdx.x] = x;
+  __syncthreads();
+  T sum = 0;
+  for (int warp = 0; warp < kLossThreads / 32; ++warp) sum += smem_sums[warp * 32 + threadIdx.x % 32];
+  return sum;
+}
+
 /// Of kLossRows tokens: sums of probabilities [M], choices [M], sum of lse^2, number of tokens.
 template <typename E>
 __global__ void __launch_bounds__(kLossThreads) mom_route_partial_kernel(const __grid_constant__ MomRouteParams p) {
+  __shared__ float smem_sums[kLossThreads];
+  __shared__ int smem_counts[kLossThreads];
   const int64_t num_memories = p.num_memories, begin = int64_t{blockIdx.x} * kLossRows;
   const int64_t end = min(begin + kLossRows, p.rows);
+  const int lanes = lanes_per_row(num_memories), rows = kLossThreads / lanes;
   float* partial = static_cast<float*>(p.workspace) + blockIdx.x * (num_memories * 2 + 2);
   int32_t* hits = reinterpret_cast<int32_t*>(partial + num_memories);
   const float* lse = static_cast<const float*>(p.lse);
-  for (int64_t e = threadIdx.x; e < num_memories; e += kLossThreads) {
+  const auto is_padding = [&](int64_t row) { return p.mask != nullptr && p.mask[row] == 0; };
+
+  for (int64_t first = 0; first < num_memories; first += lanes) {
+    const int64_t e = first + threadIdx.x % lanes;
     float sum = 0.f;
     int num_hits = 0;
-    for (int64_t row = begin; row < end; ++row) {
-      if (p.mask != nullptr && p.mask[row] == 0) continue;
+    for (int64_t row = begin + threadIdx.x / lanes; row < end && e < num_memories; row += rows) {
+      if (is_padding(row)) continue;
       const E* logits = static_cast<const E*>(p.logits) + row * num_memories;
       const float x = static_cast<float>(logits[e]);
       const int32_t last_index = p.indices[(row + 1) * p.topk - 1];
@@ -87,48 +112,54 @@ __global__ void __launch_bounds__(kLossThreads) mom_route_partial_kernel(const _
       sum += expf(x - lse[row]);
       num_hits += rank_of(x) > last || (rank_of(x) == last && e <= last_index);
     }
-    partial[e] = sum, hits[e] = num_hits;
+    sum = sum_over_rows(sum, lanes, smem_sums), num_hits = sum_over_rows(num_hits, lanes, smem_counts);
+    if (threadIdx.x < lanes && e < num_memories) partial[e] = sum, hits[e] = num_hits;
   }
-  if (threadIdx.x == 0) {
-    float z = 0.f;
-    int num_tokens = 0;
-    for (int64_t row = begin; row < end; ++row) {
-      if (p.mask != nullptr && p.mask[row] == 0) continue;
-      z = fmaf(lse[row], lse[row], z);
-      ++num_tokens;
-    }
-    reinterpret_cast<float*>(hits)[num_memories] = z, hits[num_memories + 1] = num_tokens;
+
+  float z = 0.f;
+  int num_tokens = 0;
+  for (int64_t row = begin + threadIdx.x; row < end; row += kLossThreads) {
+    if (is_padding(row)) continue;
+    z = fmaf(lse[row], lse[row], z);
+    ++num_tokens;
   }
+  z = sum_over_rows(z, 1, smem_sums), num_tokens = sum_over_rows(num_tokens, 1, smem_counts);
+  if (threadIdx.x == 0) reinterpret_cast<float*>(hits)[num_memories] = z, hits[num_memories + 1] = num_tokens;
 }
 
 static __global__ void __launch_bounds__(kLossThreads)
     mom_route_losses_kernel(const __grid_constant__ MomRouteParams p, int64_t num_blocks) {
-  __shared__ float smem_sums[kLossThreads / 32];
+  __shared__ float smem_sums[kLossThreads];
+  __shared__ int smem_counts[kLossThreads];
   const int64_t num_memories = p.num_memories, stride = num_memories * 2 + 2;
-  const float* partial = static_cast<const float*>(p.workspace);
-  int num_tokens = 0;
+  const int lanes = lanes_per_row(num_memories), blocks = kLossThreads / lanes;
+  const float* sums = static_cast<const float*>(p.workspace);
+  const int32_t* counts = static_cast<const int32_t*>(p.workspace) + num_memories;
+
   float z = 0.f, balance = 0.f;
-  for (int64_t block = 0; block < num_blocks; ++block) {
-    num_tokens += reinterpret_cast<const int32_t*>(partial)[block * stride + num_memories * 2 + 1];
-    z += partial[block * stride + num_memories * 2];
+  int num_tokens = 0;
+  for (int64_t block = threadIdx.x; block < num_blocks; block += kLossThreads) {
+    z += sums[block * stride + num_memories * 2];
+    num_tokens += counts[block * stride + num_memories + 1];
   }
+  z = sum_over_rows(z, 1, smem_sums), num_tokens = sum_over_rows(num_tokens, 1, smem_counts);
   const float n = static_cast<float>(max(num_tokens, 1));
-  for (int64_t e = threadIdx.x; e < num_memories; e += kLossThreads) {
+
+  for (int64_t first = 0; first < num_memories; first += lanes) {
+    const int64_t e = first + threadIdx.x % lanes;
     float sum = 0.f;
     int num_hits = 0;
-    for (int64_t block = 0; block < num_blocks; ++block) {
-      sum += partial[block * stride + e];
-      num_hits += reinterpret_cast<const int32_t*>(partial)[block * stride + num_memories + e];
+    for (int64_t block = threadIdx.x / lanes; block < num_blocks && e < num_memories; block += blocks) {
+      sum += sums[block * stride + e];
+      num_hits += counts[block * stride + e];
     }
+    sum = sum_over_rows(sum, lanes, smem_sums), num_hits = sum_over_rows(num_hits, lanes, smem_counts);
+    if (threadIdx.x >= lanes || e >= num_memories) continue;
     p.counts[e] = num_hits;
     balance = fmaf(static_cast<float>(num_hits) / n, sum / n, balance);
   }
-  balance = warp_sum(balance);
-  if (threadIdx.x % 32 == 0) smem_sums[threadIdx.x / 32] = balance;
-  __syncthreads();
+  balance = sum_over_rows(balance, 1, smem_sums);
   if (threadIdx.x != 0) return;
-  balance = 0.f;
-  for (int warp = 0; warp < kLossThreads / 32; ++warp) balance += smem_sums[warp];
   p.counts[num_memories] = num_tokens;
   static_cast<float*>(p.losses)[0] = static_cast<float>(num_memories) * balance;
   static_cast<float*>(p.losses)[1] = z / n;

@@ -32,7 +32,7 @@ class Routing(NamedTuple):
     """What the router of one layer did in one call.
 
     Attributes:
-        balance_loss: scalar fp32 with a gradient; its minimum, for a router that uses all memories alike, is `topk`.
+        balance_loss: scalar fp32 with a gradient; `topk` for a router that uses all memories alike.
         z_loss: scalar fp32 with a gradient, the mean squared log-sum-exp of the router's logits.
         hits: `[M]`, how many tokens chose each memory.
     """

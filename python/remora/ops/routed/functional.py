@@ -106,7 +106,7 @@ def route_plan(
     cu_seqlens: Tensor | None = None,
     shared_memory: bool = False,
     capacity: int | None = None,
-    drop: str = "oldest",
+    drop: str = "newest",
     mask: Tensor | None = None,
 ) -> RoutePlan:
     """Groups the choices of all tokens by sequence and memory: a stable counting sort on the device. Sizes depend on
@@ -118,7 +118,8 @@ def route_plan(
         cu_seqlens: [N + 1] offsets of sequences packed along T (B = 1); tokens outside every sequence are dropped.
         shared_memory: adds choice k of every token, memory M.
         capacity: how many choices a segment keeps, those of the shared memory excepted; default all.
-        drop: which of them go, "oldest" or "newest".
+        drop: which of them go where there are more: the "newest", or the "oldest", for which later tokens change what
+            earlier ones read.
         mask: [B, T] bool, True for real tokens; others are dropped.
 
     Raises:
@@ -229,7 +230,7 @@ def mom_gated_delta_rule(
     cu_seqlens: Tensor | None = None,
     shared_memory: bool = False,
     capacity: int | None = None,
-    drop: str = "oldest",
+    drop: str = "newest",
     mask: Tensor | None = None,
     plan: RoutePlan | None = None,
     use_gate_in_kernel: bool = False,
@@ -264,7 +265,8 @@ def mom_gated_delta_rule(
     """
     _check_choices(weights, indices)
     B, T, topk = indices.shape
-    J, memories = topk + shared_memory, num_memories + shared_memory
+    shared = 1 if shared_memory else 0
+    J, memories = topk + shared, num_memories + shared
     x = _inputs_by_choice(q, k, v, g, beta, indices, scale, J)
     if not _ext.runs_on_cpu_kernels(x.q):
         check.in_range(x.q.shape[3], "on CUDA, the head size K of q and k", 1, MAX_CHUNK_HEAD_DIM_CUDA)
@@ -345,7 +347,7 @@ def mom_gated_delta_rule_step(
     N, T, topk = indices.shape
     if T != 1:
         raise ValueError(f"indices must have T = 1 in a step, got T = {T}")
-    x = _inputs_by_choice(q, k, v, g, beta, indices, scale, topk + shared_memory)
+    x = _inputs_by_choice(q, k, v, g, beta, indices, scale, topk + (1 if shared_memory else 0))
     if use_gate_in_kernel and g is None:
         raise ValueError("use_gate_in_kernel=True needs g, got None")
     A_log, dt_bias = _check_gate_parameters(use_gate_in_kernel, A_log, dt_bias, x)
@@ -366,7 +368,7 @@ def mom_gated_delta_rule_step(
     tensors = (q, k, v, g, beta, weights, state, A_log, dt_bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         raise ValueError("mom_gated_delta_rule_step has no gradient: call it under torch.no_grad()")
-    num_memories = memories - shared_memory
+    num_memories = memories - (1 if shared_memory else 0)
     chosen = indices.view(N, topk).t()
     chosen = torch.where((chosen >= 0) & (chosen < num_memories), chosen, -1).to(torch.int32)
     if shared_memory:

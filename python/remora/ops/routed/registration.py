@@ -47,7 +47,8 @@ def _plan_fake(
         num_seqs = cu_seqlens.shape[0] - 1
     else:
         num_seqs = R // seqlen if seqlen else 0
-    items, segments = R * (k + shared_memory), num_seqs * (num_memories + shared_memory)
+    shared = 1 if shared_memory else 0  # a bool would not do in symbolic sizes
+    items, segments = R * (k + shared), num_seqs * (num_memories + shared)
     return (
         indices.new_empty((items,)), indices.new_empty((items,)), indices.new_empty((segments + 1,)),
         indices.new_empty((segments,)),

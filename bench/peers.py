@@ -265,9 +265,8 @@ def transformers(x: Inputs) -> Run:
     return backward(lambda *t: plain(*t)[0], x)
 
 
-def bitsandbytes_fork(x: Inputs) -> Run:
-    if x.case.mode == "decode":
-        raise Absent("no decode step in place")
+def bitsandbytes_function() -> Callable[..., tuple[Tensor, Tensor]]:
+    """The fork's gated delta rule, of q, k, v, beta, g; differentiable."""
     spec = importlib.util.find_spec("bitsandbytes")
     if spec is None or not spec.origin:
         raise ImportError("No module named 'bitsandbytes'")
@@ -276,12 +275,21 @@ def bitsandbytes_fork(x: Inputs) -> Run:
     fast = folder / "libbitsandbytes_cpu_avx512.so"
     if fast.exists() and torch.backends.cpu.get_cpu_capability() == "AVX512":
         os.environ["GDN_CPU_LIB"] = str(fast)
-    module_spec = importlib.util.spec_from_file_location("bench_bnb_gdn_cpu", folder / "gdn_cpu.py")
-    if module_spec is None or module_spec.loader is None or not (folder / "gdn_cpu.py").exists():
-        raise Absent("this bitsandbytes is not the CPU fork")
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    f = module.fused_recurrent_gated_delta_rule
+    name = "bench_bnb_gdn_cpu"
+    if name not in sys.modules:
+        module_spec = importlib.util.spec_from_file_location(name, folder / "gdn_cpu.py")
+        if module_spec is None or module_spec.loader is None or not (folder / "gdn_cpu.py").exists():
+            raise Absent("this bitsandbytes is not the CPU fork")
+        sys.modules[name] = importlib.util.module_from_spec(module_spec)
+        module_spec.loader.exec_module(sys.modules[name])
+    function: Callable[..., tuple[Tensor, Tensor]] = sys.modules[name].fused_recurrent_gated_delta_rule
+    return function
+
+
+def bitsandbytes_fork(x: Inputs) -> Run:
+    if x.case.mode == "decode":
+        raise Absent("no decode step in place")
+    f = bitsandbytes_function()
     return backward(lambda q, k, v, g, beta: f(q, k, v, beta, g, scale=x.scale)[0], x)
 
 

@@ -206,7 +206,7 @@ def test_learning_rate_rises_and_falls():
 @pytest.mark.cpu_only
 def test_a_run_learns_and_leaves_everything(config, tmp_path):
     out = tmp_path / "run"
-    config = dataclasses.replace(config, mixer="mixture_of_memories", steps=60, learning_rate=0.02, eval_every=30)
+    config = dataclasses.replace(config, steps=60, learning_rate=0.02, eval_every=30)
     trainer = Trainer(config, out)
     assert trainer.run() is False
     assert sorted(p.name for p in out.iterdir()) == [
@@ -345,12 +345,15 @@ def test_an_interrupted_command_leaves_a_checkpoint_to_continue(config, tmp_path
 class TestCommandLine:
     def test_train_resume_generate(self, config, tmp_path, capsys):
         out = tmp_path / "run"
-        assert cli.main(command(config, out, steps=3, mixer="mixture_of_memories")) == 0
+        assert cli.main(command(config, out, steps=3)) == 0
         printed = capsys.readouterr()
         baseline = re.search(r"baseline  order-2 byte n-gram: (\d\.\d{3}) bits per byte", printed.out).group(1)
         assert re.search(rf"validation \d\.\d{{3}} bits per byte; order-2 byte n-gram {baseline}\n", printed.out)
         assert "3/3" in printed.err
         assert re.search(r"balance \d\.\d{3}, memories( \d+){4} %", printed.err)
+        assert re.search(r"balance loss \d\.\d{3} \(balanced: 2\);", printed.out)
+        shares = re.search(r"  layer 0  (.*)\n", printed.out).group(1)
+        assert sum(int(x) for x in re.findall(r"(\d+) %", shares)) == pytest.approx(100, abs=2)
 
         assert cli.main(command(config, out)) == 2
         assert "holds a run already" in capsys.readouterr().err

@@ -22,7 +22,7 @@ TRAIN_OPTIONS: tuple[tuple[str, type, str], ...] = (
     ("seq_len", int, "bytes per window"),
     ("learning_rate", float, "peak learning rate"),
     ("warmup_steps", int, "steps over which the learning rate rises"),
-    ("mixer", str, "token mixer: gated_delta_net (default) or mixture_of_memories (CPU only so far)"),
+    ("mixer", str, "token mixer: mixture_of_memories (default) or gated_delta_net"),
     ("num_memories", int, "memories of a mixture among which a token chooses"),
     ("topk", int, "memories that a token chooses"),
     ("balance_coefficient", float, "weight of the balance loss of the routers"),
@@ -143,6 +143,10 @@ def _train(out: str, resume: bool, **given: Any) -> int:
         return INTERRUPTED
     bits = next(e["validation_bits_per_byte"] for e in reversed(trainer.log) if "validation_bits_per_byte" in e)
     _say(f"validation {bits:.3f} bits per byte; order-2 byte n-gram {trainer.baseline:.3f}")
+    if "memory_usage" in (last := next(e for e in reversed(trainer.log) if "train_bits_per_byte" in e)):
+        _say(f"balance loss {last['balance_loss']:.3f} (balanced: {config.topk}); share of the last step's choices:")
+        for idx, shares in enumerate(last["memory_usage"]):
+            _say(f"  layer {idx}  " + "  ".join(f"{100 * x:3.0f} % {'#' * round(20 * x):<10}" for x in shares).rstrip())
     _say(f"{trainer.seconds:.0f} s of training; model, checkpoint, log and plots are in {Path(out).resolve()}")
     _say(f'next: python -m remora generate --checkpoint {out} --prompt "def "')
     return 0

@@ -48,7 +48,9 @@ class TrainConfig:
         data: file or folder of text; None is the Python standard library's source.
         mixer: registered name of the token mixer.
         num_memories, topk: of the mixture of memories, how many there are and how many of them a token chooses.
-        balance_coefficient: weight of the routers' balance loss, the mean over the layers, in the training loss.
+        balance_coefficient: weight of the routers' balance loss, the mean over the layers, in the training loss. Every
+            layer is balanced on its own; the released implementation pools the tokens of all layers, so that layers
+            may make up for each other.
         hidden_size, num_layers, num_heads, head_dim, intermediate_size: shape of the model.
         steps: optimizer steps.
         batch_size: windows per step.
@@ -66,16 +68,16 @@ class TrainConfig:
     """
 
     data: str | None = None
-    mixer: str = "gated_delta_net"
+    mixer: str = "mixture_of_memories"
     num_memories: int = 4
     topk: int = 2
     balance_coefficient: float = 0.01
     hidden_size: int = 128
     num_layers: int = 4
     num_heads: int = 2
-    head_dim: int = 64
+    head_dim: int = 32
     intermediate_size: int = 384
-    steps: int = 1000
+    steps: int = 700
     batch_size: int = 4
     seq_len: int = 256
     learning_rate: float = 4e-3
@@ -85,7 +87,7 @@ class TrainConfig:
     seed: int = 0
     dtype: str = "auto"
     device: str = "auto"
-    eval_every: int = 250
+    eval_every: int = 200
     eval_bytes: int = 65536
     checkpoint_every: int = 200
 

@@ -13,6 +13,7 @@ import pathlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -206,6 +207,65 @@ def onnxruntime_cast(x: Inputs) -> Run:
     return run
 
 
+def openvino(x: Inputs) -> Run:
+    """An operator internal to OpenVINO: Python has no constructor for it, but a model read from text may name it."""
+    import openvino as ov
+
+    case = x.case
+    if case.mode == "fwd+bwd":
+        raise Absent("forward only")
+    if case.mode == "decode" and case.dtype != "fp32":
+        raise Absent("its state has the dtype of the inputs")
+    B, T, H, D = case.B, case.T, case.H, case.D
+    fp32 = case.dtype == "fp32"
+    kind, precision, dtype = ("f32", "FP32", torch.float32) if fp32 else ("bf16", "BF16", torch.bfloat16)
+    shapes = [(B, T, H, D)] * 3 + [(B, H, D, D)] + [(B, T, H)] * 2
+
+    def layer(n: int, name: str, version: str, inputs: list[tuple[int, ...]], outputs: list[tuple[int, ...]]) -> str:
+        dims = ("".join(f"<dim>{d}</dim>" for d in s) for s in inputs + outputs)
+        ports = [f'<port id="{i}" precision="{precision}">{d}</port>' for i, d in enumerate(dims)]
+        data = f'<data shape="{",".join(map(str, outputs[0]))}" element_type="{kind}"/>' if name == "Parameter" else ""
+        sides = f"<input>{''.join(ports[: len(inputs)])}</input><output>{''.join(ports[len(inputs) :])}</output>"
+        return f'<layer id="{n}" name="{name}{n}" type="{name}" version="{version}">{data}{sides}</layer>'
+
+    layers = [layer(n, "Parameter", "opset1", [], [s]) for n, s in enumerate(shapes)]
+    layers += [layer(6, "GatedDeltaNet", "extension", shapes, [shapes[2], shapes[3]])]
+    layers += [layer(7 + n, "Result", "opset1", [shapes[2 + n]], []) for n in range(2)]
+    links = [(n, 0, 6, n) for n in range(6)] + [(6, 6, 7, 0), (6, 7, 8, 0)]
+    edges = [f'<edge from-layer="{a}" from-port="{b}" to-layer="{c}" to-port="{d}"/>' for a, b, c, d in links]
+    text = f'<net name="rule" version="11"><layers>{"".join(layers)}</layers><edges>{"".join(edges)}</edges></net>'
+    core = ov.Core()
+    core.get_property("CPU", "FULL_DEVICE_NAME")  # loads the plugin, which brings the operator
+    options = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    compiled = core.compile_model(core.read_model(text.encode(), b""), "CPU", options)
+    o = torch.empty(B, T, H, D, dtype=dtype)
+    states = [s.clone() for s in x.states] or [torch.zeros(B, H, D, D, dtype=dtype)]
+    gates = [t.to(dtype) for t in (x.g, x.beta)]
+
+    def request(state: Tensor) -> Any:
+        bound = compiled.create_infer_request()
+        new = state if x.states else torch.empty_like(state)
+        tensors = [x.q, x.k, x.v, state, *gates, o, new]
+        shared = [
+            ov.Tensor(t.view(-1).view(torch.uint8).numpy(), ov.Shape(list(t.shape)), getattr(ov.Type, kind))
+            for t in tensors
+        ]
+        for n in range(6):
+            bound.set_input_tensor(n, shared[n])
+        for n in range(2):
+            bound.set_output_tensor(n, shared[6 + n])
+        return bound, tensors, shared  # which the request does not keep alive
+
+    requests = [request(s) for s in states]
+
+    def step(n: int) -> Tensor:
+        requests[n][0].infer()
+        return o
+
+    run = rotating(x, step, states)
+    return run if x.states else lambda: {"o": run()["o"]}
+
+
 def zentorch(x: Inputs) -> Run:
     if "AVX512" not in torch.backends.cpu.get_cpu_capability():
         raise ImportError("its kernels are AVX-512 instructions, which end the process on this machine")
@@ -307,6 +367,7 @@ PEERS = [
     Peer("remora, gates in kernel", "remora", remora_gates, ours=True),
     Peer("onnxruntime LinearAttention", "onnxruntime", onnxruntime),
     Peer("onnxruntime between casts", "onnxruntime", onnxruntime_cast),
+    Peer("OpenVINO GatedDeltaNet", "openvino", openvino),
     Peer("zentorch", "zentorch", zentorch),
     Peer("bitsandbytes-cpu-fork", "bitsandbytes-cpu-fork", bitsandbytes_fork),
     Peer("transformers", "transformers", transformers),

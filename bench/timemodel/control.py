@@ -210,7 +210,8 @@ class Program:
         self.parsed = [parse(i) for i in code]
         for i, p in zip(code, self.parsed):
             if i.base not in CONTROL and semantics(short_base(i), i.op.split(".")[1:], i, p) is nothing:
-                p.uses = 0  # nothing is gained by knowing the sources
+                # nothing is gained by knowing the sources, only whether it happens at all
+                p.uses = 1 << set_bit(i.pred) if set_bit(i.pred) >= 0 else 0
         self.needed = self._slice()
         self.stop = [0] * len(code)  # next instruction that must be interpreted
         nxt = len(code)

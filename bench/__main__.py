@@ -1,4 +1,4 @@
-"""python -m bench {cpu,mom,counters,resources,model}: see bench/README.md."""
+"""python -m bench {cpu,bags,mom,counters,resources,model}: see bench/README.md."""
 
 import importlib
 import sys
@@ -6,6 +6,7 @@ import sys
 COMMANDS = {
     "cpu": "CPU times beside peers (measured)",
     "mom": "Mixture-of-Memories beside torch operators (measured); --counters: its kernels (simulated)",
+    "bags": "CPU times of weighted bags beside peers (measured); in the simulator: their counters",
     "counters": "work counters of CUDA kernels in the simulator, beside flash-linear-attention's (simulated)",
     "resources": "registers, spills and shared memory of every CUDA kernel",
     "model": "modelled times of CUDA kernels, beside flash-linear-attention's (modelled)",

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "common/cpu/huge_pages.h"
 #include "common/cpu/tasks.h"
 #include "pkm/memory_bag/cpu_plan.h"
 #include "pkm/memory_bag/launch.h"
@@ -75,6 +76,12 @@ Error memory_bag_bwd(const MemoryBagBwdParams& params, const Launch& launch) {
   const BagShape& shape = params.shape;
   const MemoryBagCpuKernels& kernels = memory_bag_kernels(shape.dtype);
   constexpr int64_t kTask = 4 * kPieceLookups;
+  const bool is_dense = params.kind == RowGradient::kDense;
+  const int64_t rows = is_dense ? shape.map.num_rows : params.max_rows;
+  if (params.kind != RowGradient::kAccumulate) {
+    const int64_t element = is_dense ? size_of(shape.dtype) : shape.dtype == DType::kFloat64 ? 8 : 4;
+    prefer_huge_pages(params.d_table, ((rows - 1) * params.d_table_stride + shape.width) * element);
+  }
   const bool ok =
       run_tasks(launch.parallel_for, ceil_div(shape.num_lookups(), kTask), grain(kTask * shape.width),
                 kernels.bwd_scratch(shape), [&](int64_t task, void* scratch) {
@@ -84,7 +91,6 @@ Error memory_bag_bwd(const MemoryBagBwdParams& params, const Launch& launch) {
     for (int64_t window = begin; window < end; ++window) kernels.bwd_combine(params, window);
   });
   if (params.kind != RowGradient::kAccumulate) {
-    const int64_t rows = params.kind == RowGradient::kDense ? shape.map.num_rows : params.max_rows;
     launch.parallel_for(ceil_div(rows, kZeroRows), grain(kZeroRows * shape.width), [&](int64_t begin, int64_t end) {
       kernels.bwd_zero(params, begin * kZeroRows, std::min(rows, end * kZeroRows));
     });

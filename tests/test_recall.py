@@ -78,6 +78,8 @@ def test_command(tmp_path, capsys):
         str(folder),
         "--device",
         "cpu",
+        "--jobs",
+        "1",
     ]
     assert cli.main(["experiment", "recall", "--quick", "--out", str(out), *options]) == 0
     printed = capsys.readouterr().out
@@ -87,10 +89,16 @@ def test_command(tmp_path, capsys):
     assert list(report["models"]) == ["mixture of memories", "one memory, equal state", "one memory, equal parameters"]
     for name, result in report["models"].items():
         assert name in printed
-        for cell in (*result["recall"].values(), result["names"]):
+        for cell in (*result["recall"].values(), result["names"], result["bytes_of_names"]):
             assert len(cell["runs"]) == 2
             assert cell["mean"] == pytest.approx(np.mean(cell["runs"]))
             assert cell["deviation"] == pytest.approx(np.std(cell["runs"], ddof=1))
             assert 0 <= cell["mean"] <= 1
+    at_once = [*options[:-1], "2"]
+    assert cli.main(["experiment", "recall", "--quick", "--out", str(out), *at_once]) == 0
+    again = json.loads((out / "recall.json").read_text())
+    for name, result in again["models"].items():
+        for pairs, cell in result["recall"].items():
+            assert cell["mean"] == pytest.approx(report["models"][name]["recall"][pairs]["mean"], abs=0.1)
     assert cli.main(["experiment", "recall", "--quick", "--out", str(out), "--pairs", "99"]) == 2
     assert "pairs must be in 1 ... num_symbols=16" in capsys.readouterr().err

@@ -51,6 +51,7 @@ RECALL_OPTIONS: tuple[tuple[str, type, str], ...] = (
     ("head_dim", int, "size of a head"),
     ("learning_rate", float, "peak learning rate"),
     ("device", str, "cpu, cuda, cuda:N, or auto: a GPU if there is one"),
+    ("jobs", int, "runs at a time (default: one per core; on a GPU one)"),
 )
 
 
@@ -193,7 +194,7 @@ def _experiment(name: str, out: str, quick: bool, **given: Any) -> int:
     report = run_recall(RecallConfig.quick(**given) if quick else RecallConfig(**given), out)
     _say(recall_table(report))
     seeds, names = report["settings"]["seeds"], report["names"]
-    _say(f"percent of right values, and of {names} names completed: mean ± deviation of {seeds} seeds")
+    _say(f"percent of right values, of right bytes and whole names among {names}; mean ± deviation of {seeds} seeds")
     _say(f"{report['seconds']:.0f} s; numbers and plot are in {Path(out).resolve()}")
     return 0
 

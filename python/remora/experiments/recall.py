@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import multiprocessing
 import os
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,8 @@ class RecallConfig:
 
     Attributes:
         seeds: runs of each model and task, with seeds `0 ... seeds - 1` of weights and data.
-        hidden_size, num_layers, intermediate_size: shape of the models.
+        hidden_size, num_layers, intermediate_size, initializer_range: shape of the models, and the deviation of their
+            first weights, which for a width of 64 is best larger than for language models.
         num_heads, head_dim, num_memories, topk: of the mixture of memories.
         num_symbols: different keys, and different values, of the associative recall.
         pairs: numbers of key-value pairs; a batch of the training holds one of them, in turn.
@@ -46,23 +49,26 @@ class RecallConfig:
         text_windows: repeated names to measure on.
         learning_rate, warmup_steps, weight_decay, grad_clip, balance_coefficient: of every training.
         device: torch device, or "auto".
+        jobs: runs at a time, each in a process of its own with its share of the cores; 0 is one per core on the CPU,
+            and one on a GPU. Results do not depend on it as long as every run has one thread.
     """
 
     seeds: int = 3
     hidden_size: int = 64
     num_layers: int = 2
     intermediate_size: int = 128
+    initializer_range: float = 0.1
     num_heads: int = 2
     head_dim: int = 16
     num_memories: int = 4
     topk: int = 2
-    num_symbols: int = 64
-    pairs: tuple[int, ...] = (4, 8, 16, 32, 64)
-    recall_steps: int = 800
+    num_symbols: int = 32
+    pairs: tuple[int, ...] = (2, 4, 8, 16, 32)
+    recall_steps: int = 1000
     recall_tokens: int = 2048
     eval_sequences: int = 256
     data: str | None = None
-    text_steps: int = 500
+    text_steps: int = 400
     text_batch: int = 4
     text_seq_len: int = 256
     text_windows: int = 512
@@ -72,11 +78,14 @@ class RecallConfig:
     grad_clip: float = 1.0
     balance_coefficient: float = 0.01
     device: str = "auto"
+    jobs: int = 0
 
     def __post_init__(self) -> None:
         for name in ("seeds", "recall_steps", "text_steps", "eval_sequences", "text_windows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.jobs < 0:
+            raise ValueError(f"jobs must be at least 0, got {self.jobs}")
         if not self.pairs or max(self.pairs) > self.num_symbols or min(self.pairs) < 1:
             raise ValueError(f"pairs must be in 1 ... num_symbols={self.num_symbols}, got {self.pairs}")
 
@@ -101,6 +110,7 @@ def contenders(config: RecallConfig, vocab_size: int) -> dict[str, LanguageModel
         mixer="mixture_of_memories",
         mixer_options={**heads, "expand_v": 1.0, "num_memories": config.num_memories, "topk": config.topk},
         intermediate_size=config.intermediate_size,
+        initializer_range=config.initializer_range,
     )
 
     def single(**options: Any) -> LanguageModelConfig:
@@ -147,22 +157,24 @@ def run_recall(config: RecallConfig, out: str | os.PathLike[str]) -> dict[str, A
     names = NameWindows.find(corpus.validation, corpus.train, config.text_seq_len, config.text_windows)
     recall_models = contenders(config, 2 * config.num_symbols)
     text_models = contenders(config, 256)
+    # The slowest first: what is left over at the end is short.
+    runs = [_Run("recall", name, seed, shape) for name, shape in recall_models.items() for seed in range(config.seeds)]
+    runs += [_Run("text", name, seed, shape) for name, shape in text_models.items() for seed in range(config.seeds)]
+    found = _all_results(runs, config, corpus, names, device)
     results: dict[str, Any] = {}
-    with tqdm(total=len(recall_models) * config.seeds * (config.recall_steps + config.text_steps), unit="step") as bar:
-        for name in recall_models:
-            recall_runs, text_runs = [], []
-            for seed in range(config.seeds):
-                bar.set_description(f"{name}, seed {seed}")
-                recall_runs.append(_recall_run(recall_models[name], config, seed, device, bar))
-                text_runs.append(_text_run(text_models[name], config, corpus, names, seed, device, bar))
-            results[name] = {
-                "parameters": num_parameters(recall_models[name]),
-                "parameters_text": num_parameters(text_models[name]),
-                "state": state_size(recall_models[name]),
-                "recall": {str(pairs): _summary([run[pairs] for run in recall_runs]) for pairs in config.pairs},
-                "names": _summary([run[0] for run in text_runs]),
-                "bits_per_byte_of_names": _summary([run[1] for run in text_runs]),
-            }
+    for name in recall_models:
+        recall_runs, text_runs = (
+            [found[task, name, seed] for seed in range(config.seeds)] for task in ("recall", "text")
+        )
+        results[name] = {
+            "parameters": num_parameters(recall_models[name]),
+            "parameters_text": num_parameters(text_models[name]),
+            "state": state_size(recall_models[name]),
+            "recall": {str(pairs): _summary([run[str(pairs)] for run in recall_runs]) for pairs in config.pairs},
+            "names": _summary([run["names"] for run in text_runs]),
+            "bytes_of_names": _summary([run["bytes"] for run in text_runs]),
+            "bits_per_byte_of_names": _summary([run["bits"] for run in text_runs]),
+        }
     report = {
         "settings": dataclasses.asdict(config),
         "text": corpus.description,
@@ -177,14 +189,57 @@ def run_recall(config: RecallConfig, out: str | os.PathLike[str]) -> dict[str, A
     return report
 
 
+@dataclass(frozen=True)
+class _Run:
+    """One training of one model with one seed, and what is measured after it."""
+
+    task: str
+    model: str
+    seed: int
+    shape: LanguageModelConfig
+
+    def perform(
+        self, config: RecallConfig, corpus: Corpus, names: NameWindows, device: torch.device, threads: int
+    ) -> dict[str, float]:
+        if threads:
+            torch.set_num_threads(threads)
+        if self.task == "recall":
+            return _recall_run(self.shape, config, self.seed, device)
+        return _text_run(self.shape, config, corpus, names, self.seed, device)
+
+
+def _all_results(
+    runs: Sequence[_Run], config: RecallConfig, corpus: Corpus, names: NameWindows, device: torch.device
+) -> dict[tuple[str, str, int], dict[str, float]]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    jobs = min(len(runs), config.jobs or (cores if device.type == "cpu" else 1))
+    found: dict[tuple[str, str, int], dict[str, float]] = {}
+
+    def finish(run: _Run, result: dict[str, float]) -> None:
+        found[run.task, run.model, run.seed] = result
+        bar.set_postfix_str(f"{run.task}, {run.model}, seed {run.seed}", refresh=False)
+        bar.update()
+
+    with tqdm(total=len(runs), unit="run") as bar:
+        if jobs == 1:
+            for run in runs:
+                finish(run, run.perform(config, corpus, names, device, 0))
+            return found
+        # A fresh process each: a fork would inherit the threads of this one.
+        with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+            threads = max(1, cores // jobs)
+            futures = {pool.submit(run.perform, config, corpus, names, device, threads): run for run in runs}
+            for future in as_completed(futures):
+                finish(futures[future], future.result())
+    return found
+
+
 def _summary(values: Sequence[float]) -> dict[str, Any]:
     deviation = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
     return {"mean": float(np.mean(values)), "deviation": deviation, "runs": list(values)}
 
 
-def _train(
-    model: LanguageModel, batches: Iterator[tuple[Tensor, Tensor]], steps: int, config: RecallConfig, bar: Any
-) -> None:
+def _train(model: LanguageModel, batches: Iterator[tuple[Tensor, Tensor]], steps: int, config: RecallConfig) -> None:
     """The training that all models share."""
     device = next(model.parameters()).device
     optimizer = make_optimizer(model, config.learning_rate, config.weight_decay)
@@ -199,12 +254,9 @@ def _train(
         nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        bar.update()
 
 
-def _recall_run(
-    shape: LanguageModelConfig, config: RecallConfig, seed: int, device: torch.device, bar: Any
-) -> dict[int, float]:
+def _recall_run(shape: LanguageModelConfig, config: RecallConfig, seed: int, device: torch.device) -> dict[str, float]:
     """Train on associative recall; return the accuracy for every number of pairs."""
     torch.manual_seed(seed)
     model = LanguageModel(shape).to(device)
@@ -215,7 +267,7 @@ def _recall_run(
             for pairs in config.pairs:
                 yield recall_batch(pairs, max(1, config.recall_tokens // (4 * pairs)), config.num_symbols, generator)
 
-    _train(model, batches(), config.recall_steps, config, bar)
+    _train(model, batches(), config.recall_steps, config)
     # The same sequences for all models and seeds, drawn apart from those of the training.
     generator = torch.Generator().manual_seed(2**40)
     result = {}
@@ -223,7 +275,7 @@ def _recall_run(
         for pairs in config.pairs:
             inputs, targets = recall_batch(pairs, config.eval_sequences, config.num_symbols, generator)
             logits = torch.cat([model(chunk.to(device)).logits.cpu() for chunk in inputs.split(32)])
-            result[pairs] = share_right(logits, targets)
+            result[str(pairs)] = share_right(logits, targets)
     return result
 
 
@@ -234,34 +286,41 @@ def _text_run(
     names: NameWindows,
     seed: int,
     device: torch.device,
-    bar: Any,
-) -> tuple[float, float]:
-    """Train on text; return the share of names completed without a wrong byte, and the bits per byte of them."""
+) -> dict[str, float]:
+    """Train on text; return of the repeated names the share completed without a wrong byte, the share of their bytes
+    that are right, and their bits per byte.
+    """
     torch.manual_seed(seed)
     model = LanguageModel(shape).to(device)
     windows = TrainingWindows(corpus.train, config.text_seq_len, seed)
     batches = (windows.batch(step * config.text_batch, config.text_batch) for step in range(config.text_steps))
-    _train(model, batches, config.text_steps, config, bar)
-    right, nats, count = 0, 0.0, 0
+    _train(model, batches, config.text_steps, config)
+    right, right_bytes, nats, count = 0, 0.0, 0.0, 0
     with torch.no_grad():
         for inputs, targets in zip(names.inputs.split(16), names.targets.split(16), strict=True):
             logits, loss = model(inputs.to(device), targets.to(device))
-            right += int(all_right(logits.cpu(), targets).sum())
             counted = int((targets >= 0).sum())
+            right += int(all_right(logits.cpu(), targets).sum())
+            right_bytes += share_right(logits.cpu(), targets) * counted
             nats, count = nats + float(loss) * counted, count + counted
-    return right / names.inputs.shape[0], nats / count / math.log(2)
+    return {"names": right / names.inputs.shape[0], "bytes": right_bytes / count, "bits": nats / count / math.log(2)}
 
 
 def recall_table(report: dict[str, Any]) -> str:
-    """The results as text: per model its sizes and mean and deviation over the seeds of every accuracy, in percent."""
+    """The results as text: per model its sizes and, as mean and deviation over the seeds, the accuracy for every number
+    of pairs, the share of right bytes of repeated names and of names without a wrong one, in percent, and their bits
+    per byte.
+    """
     pairs = [str(number) for number in report["settings"]["pairs"]]
-    header = ["model", "parameters", "state", *(f"{number} pairs" for number in pairs), "names"]
-    rows = [header]
+    columns = (*(f"{number} pairs" for number in pairs), "bytes of names", "whole names", "bits of names")
+    rows = [["model", "parameters", "state", *columns]]
     for name, result in report["models"].items():
-        accuracies = [*(result["recall"][number] for number in pairs), result["names"]]
-        cells = [f"{100 * cell['mean']:.1f} ± {100 * cell['deviation']:.1f}" for cell in accuracies]
+        shares = [*(result["recall"][number] for number in pairs), result["bytes_of_names"], result["names"]]
+        cells = [f"{100 * cell['mean']:.1f} ± {100 * cell['deviation']:.1f}" for cell in shares]
+        bits = result["bits_per_byte_of_names"]
+        cells.append(f"{bits['mean']:.2f} ± {bits['deviation']:.2f}")
         rows.append([name, str(result["parameters"]), str(result["state"]), *cells])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
 
 
@@ -275,10 +334,11 @@ def save_recall_plot(report: dict[str, Any], path: Path) -> None:
         recall.errorbar(
             pairs, [c["mean"] for c in cells], [c["deviation"] for c in cells], marker="o", capsize=3, label=name
         )
-        names.bar(idx, result["names"]["mean"], yerr=result["names"]["deviation"], capsize=3)
+        right = result["bytes_of_names"]
+        names.bar(idx, right["mean"], yerr=right["deviation"], capsize=3)
     recall.set_xscale("log", base=2)
     recall.set(xlabel="key-value pairs", ylabel="accuracy", ylim=(0, 1.02), title="associative recall")
     recall.grid(alpha=0.3)
     recall.legend()
-    names.set(ylabel="completed without a wrong byte", title="repeated names in text", xticks=[])
+    names.set(ylabel="right bytes", title="repeated names in text", xticks=[])
     figure.savefig(path, format="png", dpi=120)

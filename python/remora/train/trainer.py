@@ -77,7 +77,7 @@ class TrainConfig:
     num_heads: int = 2
     head_dim: int = 32
     intermediate_size: int = 384
-    steps: int = 700
+    steps: int = 800
     batch_size: int = 4
     seq_len: int = 256
     learning_rate: float = 4e-3

@@ -147,6 +147,15 @@ def test_catch_up_is_dense_but_for_the_drift():
     torch.testing.assert_close(catch_up.v[late], dense.v[late])
 
 
+def test_the_table_counts_as_changed():
+    parameter = torch.nn.Parameter(torch.randn(4, 3))
+    before = parameter._version
+    state = State(parameter.detach(), False, "lazy")
+    state.table = parameter.detach()
+    state.update(torch.tensor([1]), torch.randn(1, 3), None)
+    assert parameter._version > before
+
+
 def test_scale_is_read_on_the_device():
     table, (rows, values, n) = torch.randn(30, 8), gradients(30, 8, 1, torch.float32)[0]
     scaled, plain = State(table, False, "lazy"), State(table, False, "lazy")

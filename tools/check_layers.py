@@ -18,7 +18,7 @@ COMMENT_OR_TEXT = re.compile(r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"', re.DOTAL
 ASM = re.compile(r"\b(?:asm|__asm__|__asm)\b\s*(?:volatile|__volatile__|goto|\()")
 
 # A package may import itself and those before it. `testing` stands apart: only tests and benchmarks import it.
-PYTHON_LAYERS = ("ops", "optim", "modules", "models", "train", "experiments", "cli")
+PYTHON_LAYERS = ("ops", "optim", "modules", "distributed", "models", "train", "experiments", "cli")
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from remora.experiments.report import percent, summary, text_table
 from remora.experiments.tasks import NameWindows, all_right, recall_batch, share_right
 from remora.models import LanguageModel, LanguageModelConfig
 from remora.models.files import replacing
@@ -170,10 +170,10 @@ def run_recall(config: RecallConfig, out: str | os.PathLike[str]) -> dict[str, A
             "parameters": num_parameters(recall_models[name]),
             "parameters_text": num_parameters(text_models[name]),
             "state": state_size(recall_models[name]),
-            "recall": {str(pairs): _summary([run[str(pairs)] for run in recall_runs]) for pairs in config.pairs},
-            "names": _summary([run["names"] for run in text_runs]),
-            "bytes_of_names": _summary([run["bytes"] for run in text_runs]),
-            "bits_per_byte_of_names": _summary([run["bits"] for run in text_runs]),
+            "recall": {str(pairs): summary([run[str(pairs)] for run in recall_runs]) for pairs in config.pairs},
+            "names": summary([run["names"] for run in text_runs]),
+            "bytes_of_names": summary([run["bytes"] for run in text_runs]),
+            "bits_per_byte_of_names": summary([run["bits"] for run in text_runs]),
         }
     report = {
         "settings": dataclasses.asdict(config),
@@ -232,11 +232,6 @@ def _all_results(
             for future in as_completed(futures):
                 finish(futures[future], future.result())
     return found
-
-
-def _summary(values: Sequence[float]) -> dict[str, Any]:
-    deviation = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-    return {"mean": float(np.mean(values)), "deviation": deviation, "runs": list(values)}
 
 
 def _train(model: LanguageModel, batches: Iterator[tuple[Tensor, Tensor]], steps: int, config: RecallConfig) -> None:
@@ -316,12 +311,11 @@ def recall_table(report: dict[str, Any]) -> str:
     rows = [["model", "parameters", "state", *columns]]
     for name, result in report["models"].items():
         shares = [*(result["recall"][number] for number in pairs), result["bytes_of_names"], result["names"]]
-        cells = [f"{100 * cell['mean']:.1f} ± {100 * cell['deviation']:.1f}" for cell in shares]
+        cells = [percent(cell) for cell in shares]
         bits = result["bits_per_byte_of_names"]
         cells.append(f"{bits['mean']:.2f} ± {bits['deviation']:.2f}")
         rows.append([name, str(result["parameters"]), str(result["state"]), *cells])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return text_table(rows)
 
 
 def save_recall_plot(report: dict[str, Any], path: Path) -> None:

@@ -4,6 +4,7 @@ from remora.modules.cache import Cache, LayerCache
 from remora.modules.convolution import ShortConvolution
 from remora.modules.gated_delta_net import GatedDeltaNet
 from remora.modules.grouped_linear import GroupedLinear
+from remora.modules.memory_table import MemoryTable, memory_parameter_groups
 from remora.modules.mixture_of_memories import MixtureOfMemories, Routing
 from remora.modules.mlp import SwiGLU
 from remora.modules.normalization import GatedRMSNorm, RMSNorm
@@ -14,9 +15,11 @@ __all__ = [
     "GatedRMSNorm",
     "GroupedLinear",
     "LayerCache",
+    "MemoryTable",
     "MixtureOfMemories",
     "RMSNorm",
     "Routing",
     "ShortConvolution",
     "SwiGLU",
+    "memory_parameter_groups",
 ]

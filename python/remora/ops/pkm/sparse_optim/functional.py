@@ -118,6 +118,8 @@ def _update(
         table, moment, second, last_step, row_log_decay, rows, grad_rows, num_rows, grad_scale, mode == "dense",
         lr, *betas, eps, weight_decay, log_decay, step, stochastic_rounding, seed, column_offset,
     )  # fmt: skip
+    if not torch.compiler.is_compiling():  # autograd and caches of derived values see that the table changed
+        torch.autograd.graph.increment_version(table)
     return table
 
 

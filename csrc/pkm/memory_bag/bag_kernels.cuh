@@ -252,24 +252,24 @@ __device__ __forceinline__ void write_sum(const MemoryBagBwdParams& p, int64_t u
 
 /// 32 neighbouring sorted positions, one a lane: their lookups, rows of d_out and weights.
 struct PositionChunk {
-  int64_t first = -1;
+  int first = INT32_MAX;
   int lookup = 0, out_row = 0;
   float weight = 0.f, dot = 0.f;
   bool has_dot = false;
 
-  __device__ __forceinline__ void load(const MemoryBagBwdParams& p, int64_t begin, int64_t end, int64_t head) {
+  __device__ __forceinline__ void load(const MemoryBagBwdParams& p, int begin, int end, int head) {
     const BagShape& shape = p.shape;
-    const int64_t i = begin + threadIdx.x % 32;
+    const int lane_idx = threadIdx.x % 32;
     first = begin, has_dot = false;
-    if (i >= end) return;
-    lookup = p.order[i];
+    if (lane_idx >= end - begin) return;
+    lookup = p.order[begin + lane_idx];
     const uint32_t token = static_cast<uint32_t>(lookup) / static_cast<uint32_t>(shape.lookups);
     const uint32_t group = shape.out_groups == 1 ? 0 : locate(shape.map, shape.indices[lookup]).group;
     out_row = static_cast<int>(shape.out_row(token, group));
     weight = weight_at(p.weights, lookup * shape.heads + head);
   }
   /// Dot products of the columns so far, to the gradient of the weights.
-  __device__ __forceinline__ void flush(const MemoryBagBwdParams& p, int64_t head, bool is_first_tile) {
+  __device__ __forceinline__ void flush(const MemoryBagBwdParams& p, int head, bool is_first_tile) {
     if (!has_dot) return;
     float* d_weight = static_cast<float*>(p.d_weights) + lookup * p.shape.heads + head;
     *d_weight = is_first_tile ? dot : *d_weight + dot;
@@ -288,12 +288,14 @@ __global__ void __launch_bounds__(kBagThreads, VECTORS == 4   ? 4
   const int lane_idx = threadIdx.x % 32;
   const int64_t task = int64_t{blockIdx.x} * kBagWarps + threadIdx.x / 32;
   if (task >= num_tasks) return;
-  const int64_t head = task % shape.heads, width = shape.width / shape.heads;
-  const int64_t begin = task / shape.heads * kBwdWindow, end = min(begin + kBwdWindow, shape.num_lookups());
+  const int head = static_cast<int>(task % shape.heads), width = static_cast<int>(shape.width / shape.heads);
+  // Positions are below M < 2^31; sums of them are not formed.
+  const int begin = static_cast<int>(task / shape.heads * kBwdWindow);
+  const int end = begin + static_cast<int>(min(shape.num_lookups() - begin, int64_t{kBwdWindow}));
   const int num_segments = p.num_rows[1], num_free = p.num_rows[0], num_found = p.starts[num_segments];
   if constexpr (kDots) {
-    if (const int64_t i = begin + lane_idx; i >= num_found && i < end) {
-      static_cast<float*>(p.d_weights)[p.order[i] * shape.heads + head] = 0.f;
+    if (lane_idx < end - begin && begin + lane_idx >= num_found) {
+      static_cast<float*>(p.d_weights)[p.order[begin + lane_idx] * shape.heads + head] = 0.f;
     }
   }
   if (begin >= num_found) return;
@@ -301,17 +303,20 @@ __global__ void __launch_bounds__(kBagThreads, VECTORS == 4   ? 4
   PositionChunk chunk;
   int u = warp_upper_bound(p.starts, num_segments, begin) - 1;  // may reach into the window from before
   for (; u < num_segments; ++u) {
-    const int64_t start = p.starts[u], stop = p.starts[u + 1];
+    const int start = p.starts[u], stop = p.starts[u + 1];
     if (start >= end) break;
-    const int64_t skipped = start < begin ? (begin - start + kPieceLookups - 1) / kPieceLookups : 0;
-    const int64_t first = start + skipped * kPieceLookups, last = min(first + kPieceLookups, stop);
-    if (first >= min(stop, end)) continue;
+    // The first piece that does not begin before the window.
+    constexpr int kPiece = static_cast<int>(kPieceLookups);
+    const int into_piece = start < begin ? (begin - start) % kPiece : 0;
+    const int to_next = into_piece == 0 ? 0 : kPiece - into_piece;
+    const int from = max(start, begin);
+    if (to_next >= min(stop, end) - from) continue;
+    const int first = from + to_next, last = first + min(kPiece, stop - first);
     const T* table_row = kDots ? static_cast<const T*>(p.table) + p.rows[u] * shape.width : nullptr;
 
-    for (int64_t tile = 0; tile < width; tile += 32 * VECTORS * VECTOR) {
-      const int64_t in_head =
-          tile + lane_idx * VECTOR;  // of the lane's first vector; the others follow 32 * VECTOR apart
-      const int64_t column = head * width + in_head;
+    for (int tile = 0; tile < width; tile += 32 * VECTORS * VECTOR) {
+      const int in_head = tile + lane_idx * VECTOR;  // of the lane's first vector; the others follow 32 * VECTOR apart
+      const int64_t column = int64_t{head} * width + in_head;
       RowVector<T, VECTOR> value[VECTORS];
       float sum[VECTORS][VECTOR] = {};
 #pragma unroll
@@ -319,13 +324,13 @@ __global__ void __launch_bounds__(kBagThreads, VECTORS == 4   ? 4
         if (kDots && in_head + v * 32 * VECTOR < width)
           value[v] = load_row<T, VECTOR>(table_row + column + v * 32 * VECTOR);
       }
-      for (int64_t i = first; i < last;) {
-        if (chunk.first < 0 || i < chunk.first || i >= chunk.first + 32) {
+      for (int i = first; i < last;) {
+        if (i < chunk.first || i - chunk.first >= 32) {
           if constexpr (kDots) chunk.flush(p, head, tile == 0);
           chunk.load(p, i, num_found, head);
         }
-        const int chunk_end = static_cast<int>(min(last - chunk.first, int64_t{32}));
-        int at = static_cast<int>(i - chunk.first);
+        const int chunk_end = min(last - chunk.first, 32);
+        int at = i - chunk.first;
         for (; at < chunk_end; at += kBwdInFlight) {
           RowVector<T, VECTOR> x[kBwdInFlight][VECTORS];
           float weight[kBwdInFlight];

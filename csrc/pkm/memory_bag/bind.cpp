@@ -59,7 +59,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> plan(const Tensor& indices, int64_t n
 
 BagShape bag_shape(const Tensor& indices, const Tensor& like, int64_t num_rows, int64_t width, int64_t heads,
                    int64_t groups, int64_t layer_rows, int64_t offset, Allocations& allocations) {
-  STD_TORCH_CHECK(heads >= 1 && width % heads == 0, "the heads of weights must divide the width of the table");
+  STD_TORCH_CHECK(heads >= 1 && width % heads == 0 && width < INT32_MAX / 2,
+                  "the heads of weights must divide the width of the table, which must be below 2^30");
   BagShape shape{};
   shape.map = slot_map(num_rows, groups, layer_rows, offset);
   shape.dtype = dtype_of(like, "table");

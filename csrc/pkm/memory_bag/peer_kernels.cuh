@@ -94,7 +94,8 @@ __device__ __forceinline__ void repeat(const T* x, const T* (&out)[kPeerLookups]
 }
 
 template <typename T, int VECTOR>
-__global__ void __launch_bounds__(kPeerThreads) peer_bag_fwd_kernel(const __grid_constant__ PeerBagFwdParams p) {
+__global__ void __launch_bounds__(kPeerThreads, VECTOR == 1 ? 4 : 2)
+    peer_bag_fwd_kernel(const __grid_constant__ PeerBagFwdParams p) {
   const BagShape& shape = p.shape;
   const int64_t token = blockIdx.x;
   const PeerLookups lookups(shape.lookups);

@@ -17,6 +17,7 @@ from remora.ops import check
 
 MAX_LOOKUPS = 2**31 - 2
 MAX_ROWS = 2**31 - 2
+MAX_WIDTH = 2**30 - 2
 MAX_PEER_LOOKUPS_CUDA = 6144
 
 
@@ -126,6 +127,7 @@ def _check_table(table: Tensor, name: str) -> torch.dtype:
     _ext.require_backend(table, name)
     check.has_dtype(table, name, check.FLOATS if _ext.runs_on_cpu_kernels(table) else check.FLOATS[1:])
     check.has_shape(table, name, "[N, d]", [None, None])
+    check.in_range(table.shape[1], f"the width of {name}", 0, MAX_WIDTH)
     if not table.is_contiguous():
         raise ValueError(f"{name} must be contiguous (it is never copied), got strides {list(table.stride())}")
     return torch.float64 if table.dtype == torch.float64 else torch.float32

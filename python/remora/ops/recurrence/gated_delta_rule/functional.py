@@ -2,79 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from remora import _ext
 from remora.ops import check
-
-MAX_HEAD_DIM = 256
-MAX_CHUNK_HEAD_DIM_CUDA = 128  # of K in the chunked kernels; more would spill registers
-
-
-@dataclass(frozen=True)
-class _Inputs:
-    """Checked arguments in the operators' form: q, k, v of one dtype; g, beta dense in the state's dtype."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    g: Tensor | None
-    beta: Tensor
-    scale: float
-    state_dtype: torch.dtype
-
-    def state_shape(self, rows: int | None, v_first: bool) -> tuple[str, list[int | None]]:
-        K, HV, V = self.q.shape[3], self.v.shape[2], self.v.shape[3]
-        return ("[N, HV, V, K]", [rows, HV, V, K]) if v_first else ("[N, HV, K, V]", [rows, HV, K, V])
+from remora.ops.recurrence.inputs import (
+    TokenInputs,
+    check_chunk_head_dim,
+    check_head_parameter,
+    check_inputs,
+    check_pool,
+    check_sequences,
+    needs_grad,
+)
 
 
-def _check_inputs(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, scale: float | None, *, has_gate: bool
-) -> _Inputs:
-    for name, tensor in (("q", q), ("k", k), ("v", v), ("beta", beta), *((("g", g),) if has_gate else ())):
-        check.is_tensor(tensor, name)
-    _ext.require_backend(q, "q")
-    if q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):
-        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
-    check.has_dtype(q, "q", check.FLOATS if _ext.runs_on_cpu_kernels(q) else check.FLOATS[1:])
-    if q.dim() != 4:
-        raise ValueError(f"q must have shape [B, T, H, K], got {list(q.shape)}")
-    B, T, H, K = q.shape
-    check.has_shape(k, "k", "[B, T, H, K] (as q)", [B, T, H, K])
-    check.has_shape(v, "v", "[B, T, HV, V]", [B, T, None, None])
-    HV, V = v.shape[2:]
-    check.in_range(H, "the number of heads H of q", 1, 2**31 - 1)
-    if HV == 0 or HV % H != 0:
-        raise ValueError(f"the heads of v (HV) must be a multiple of the heads of q (H = {H}), got {HV}")
-    check.in_range(K, "the head size K of q and k", 1, MAX_HEAD_DIM)
-    check.in_range(V, "the head size V of v", 1, MAX_HEAD_DIM)
-    for name, tensor in (("k", k), ("v", v)):
-        check.has_dtype(tensor, name, (q.dtype,))
-    state_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    for name, tensor in (("beta", beta), ("g", g)):
-        if tensor is not None:
-            check.has_dtype(tensor, name, check.FLOATS)
-            check.has_shape(tensor, name, "[B, T, HV]", [B, T, HV])
-    for name, tensor in (("k", k), ("v", v), ("beta", beta), ("g", g)):
-        if tensor is not None:
-            check.same_device(tensor, name, q, "q")
-    return _Inputs(
-        q=q,
-        k=k,
-        v=v,
-        g=None if g is None else g.to(state_dtype).contiguous(),
-        beta=beta.to(state_dtype).contiguous(),
-        scale=K**-0.5 if scale is None else float(scale),
-        state_dtype=state_dtype,
-    )
+def gates_of(g: Tensor | None, beta: Tensor, has_gate: bool) -> dict[str, Tensor]:
+    """The gates of a call by name; a missing one that is needed fails the check for a tensor."""
+    return {"beta": beta, **({"g": g} if has_gate else {})}  # type: ignore[dict-item]
 
 
-def _check_gate_parameters(
-    use_gate: bool, A_log: Tensor | None, dt_bias: Tensor | None, inputs: _Inputs
+def check_gate_parameters(
+    use_gate: bool, A_log: Tensor | None, dt_bias: Tensor | None, inputs: TokenInputs
 ) -> tuple[Tensor | None, Tensor | None]:
     if not use_gate:
         for name, tensor in (("A_log", A_log), ("dt_bias", dt_bias)):
@@ -83,36 +35,32 @@ def _check_gate_parameters(
         return None, None
     if A_log is None:
         raise ValueError("use_gate_in_kernel=True needs A_log of shape [HV], got None")
-    HV = inputs.v.shape[2]
-    for name, tensor in (("A_log", A_log), ("dt_bias", dt_bias)):
-        if tensor is not None:
-            check.is_tensor(tensor, name)
-            check.has_dtype(tensor, name, check.FLOATS)
-            check.has_shape(tensor, name, "[HV]", [HV])
-            check.same_device(tensor, name, inputs.q, "q")
-    return (
-        A_log.to(inputs.state_dtype).contiguous(),
-        None if dt_bias is None else dt_bias.to(inputs.state_dtype).contiguous(),
-    )
+    A_log = check_head_parameter(A_log, "A_log", inputs)
+    return A_log, None if dt_bias is None else check_head_parameter(dt_bias, "dt_bias", inputs)
 
 
-def _check_beta_options(use_beta_sigmoid: bool, allow_neg_eigval: bool) -> None:
+def check_beta_options(use_beta_sigmoid: bool, allow_neg_eigval: bool) -> None:
     if allow_neg_eigval and not use_beta_sigmoid:
         raise ValueError("allow_neg_eigval=True needs use_beta_sigmoid_in_kernel=True")
 
 
-def _check_state(state: Tensor, name: str, inputs: _Inputs, rows: int | None, v_first: bool) -> None:
-    check.is_tensor(state, name)
-    check.has_dtype(state, name, (inputs.state_dtype,))
-    check.has_shape(state, name, *inputs.state_shape(rows, v_first))
-    check.same_device(state, name, inputs.q, "q")
+def map_gates(
+    inputs: TokenInputs, A_log: Tensor | None, dt_bias: Tensor | None, use_beta_sigmoid: bool, allow_neg_eigval: bool
+) -> TokenInputs:
+    """The inputs with decay and write strength in place of their logits."""
+    gates = dict(inputs.gates)
+    if A_log is not None:
+        gates["g"] = -A_log.exp() * F.softplus(gates["g"] if dt_bias is None else gates["g"] + dt_bias)
+    if use_beta_sigmoid:
+        gates["beta"] = gates["beta"].sigmoid() * 2 if allow_neg_eigval else gates["beta"].sigmoid()
+    return replace(inputs, gates=gates)
 
 
 @dataclass(frozen=True)
 class _Call:
     """A whole-sequence call: inputs with the gate and beta maps applied, state and offsets checked."""
 
-    inputs: _Inputs
+    inputs: TokenInputs
     initial_state: Tensor | None
     cu_seqlens: Tensor | None
 
@@ -120,15 +68,8 @@ class _Call:
         x = self.inputs
         return x.q, x.k, x.v, x.g, x.beta, self.initial_state, self.cu_seqlens
 
-    def check_chunk_head_dim(self) -> None:
-        q = self.inputs.q
-        if not _ext.runs_on_cpu_kernels(q):
-            check.in_range(q.shape[3], "on CUDA, the head size K of q and k", 1, MAX_CHUNK_HEAD_DIM_CUDA)
-
     def needs_grad(self) -> bool:
-        x = self.inputs
-        tensors = (x.q, x.k, x.v, x.g, x.beta, self.initial_state)
-        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        return needs_grad(*self.tensors()[:6])
 
 
 def _prepare(
@@ -137,31 +78,16 @@ def _prepare(
     has_gate: bool = True, use_gate: bool = False, A_log: Tensor | None = None, dt_bias: Tensor | None = None,
     use_beta_sigmoid: bool = False, allow_neg_eigval: bool = False,
 ) -> _Call:  # fmt: skip
-    inputs = _check_inputs(q, k, v, g, beta, scale, has_gate=has_gate)
-    A_log, dt_bias = _check_gate_parameters(use_gate, A_log, dt_bias, inputs)
-    _check_beta_options(use_beta_sigmoid, allow_neg_eigval)
-    rows = inputs.q.shape[0]
-    if cu_seqlens is not None:
-        check.is_tensor(cu_seqlens, "cu_seqlens")
-        check.sequence_offsets(cu_seqlens, *inputs.q.shape[:2])
-        check.same_device(cu_seqlens, "cu_seqlens", inputs.q, "q")
-        cu_seqlens = cu_seqlens.clamp(0, inputs.q.shape[1]).to(torch.int32).contiguous()
-        rows = cu_seqlens.shape[0] - 1
-    if initial_state is not None:
-        _check_state(initial_state, "initial_state", inputs, rows, state_v_first)
-        initial_state = initial_state.contiguous()
-    g, beta = inputs.g, inputs.beta
-    if A_log is not None:
-        assert g is not None
-        g = -A_log.exp() * F.softplus(g if dt_bias is None else g + dt_bias)
-    if use_beta_sigmoid:
-        beta = beta.sigmoid() * 2 if allow_neg_eigval else beta.sigmoid()
-    mapped = _Inputs(inputs.q, inputs.k, inputs.v, g, beta, inputs.scale, inputs.state_dtype)
+    inputs = check_inputs(q, k, v, gates_of(g, beta, has_gate), scale)
+    A_log, dt_bias = check_gate_parameters(use_gate, A_log, dt_bias, inputs)
+    check_beta_options(use_beta_sigmoid, allow_neg_eigval)
+    initial_state, cu_seqlens = check_sequences(inputs, initial_state, cu_seqlens, state_v_first)
+    mapped = map_gates(inputs, A_log, dt_bias, use_beta_sigmoid, allow_neg_eigval)
     return _Call(mapped, initial_state, cu_seqlens)
 
 
 def _chunk(call: _Call, use_qk_l2norm: bool, output_final_state: bool, v_first: bool) -> tuple[Tensor, Tensor | None]:
-    call.check_chunk_head_dim()
+    check_chunk_head_dim(call.inputs.q)
     o, final_state, _ = torch.ops.remora.gated_delta_rule_fwd(
         *call.tensors(), None, call.inputs.scale, use_qk_l2norm, output_final_state, v_first, call.needs_grad()
     )
@@ -172,7 +98,7 @@ def _recurrent(
     call: _Call, use_qk_l2norm: bool, output_final_state: bool, v_first: bool
 ) -> tuple[Tensor, Tensor | None]:
     if call.needs_grad():
-        call.check_chunk_head_dim()
+        check_chunk_head_dim(call.inputs.q)
     o, final_state = torch.ops.remora.gated_delta_rule_recurrent_fwd(
         *call.tensors(), call.inputs.scale, use_qk_l2norm, output_final_state, v_first
     )
@@ -376,21 +302,11 @@ def gated_delta_rule_step(
         TypeError, ValueError: as `chunk_gated_delta_rule`; and ValueError if `state` is not contiguous or an input
             requires a gradient while gradients are enabled.
     """
-    inputs = _check_inputs(q, k, v, g, beta, scale, has_gate=g is not None or use_gate_in_kernel)
-    A_log, dt_bias = _check_gate_parameters(use_gate_in_kernel, A_log, dt_bias, inputs)
-    _check_beta_options(use_beta_sigmoid_in_kernel, allow_neg_eigval)
-    N = inputs.q.shape[0]
-    _check_state(state, "state", inputs, N if state_indices is None else None, state_v_first)
-    if not state.is_contiguous():
-        raise ValueError(f"state must be contiguous, got strides {state.stride()}")
-    if state_indices is not None:
-        check.is_tensor(state_indices, "state_indices")
-        check.has_dtype(state_indices, "state_indices", (torch.int32, torch.int64))
-        check.has_shape(state_indices, "state_indices", "[N]", [N])
-        check.same_device(state_indices, "state_indices", inputs.q, "q")
-        state_indices = state_indices.clamp(-1, state.shape[0]).to(torch.int32).contiguous()
-    tensors = (q, k, v, g, beta, state, A_log, dt_bias)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    inputs = check_inputs(q, k, v, gates_of(g, beta, g is not None or use_gate_in_kernel), scale)
+    A_log, dt_bias = check_gate_parameters(use_gate_in_kernel, A_log, dt_bias, inputs)
+    check_beta_options(use_beta_sigmoid_in_kernel, allow_neg_eigval)
+    state_indices = check_pool(state, inputs, state_indices, state_v_first)
+    if needs_grad(q, k, v, g, beta, state, A_log, dt_bias):
         raise ValueError("gated_delta_rule_step has no gradient: call it under torch.no_grad()")
     o: Tensor = torch.ops.remora.gated_delta_rule_step_(
         inputs.q, inputs.k, inputs.v, inputs.g, inputs.beta, state, state_indices, None, 1, A_log, dt_bias,

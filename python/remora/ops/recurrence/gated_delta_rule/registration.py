@@ -8,25 +8,7 @@ import torch
 from torch import Tensor
 
 from remora import _ext  # noqa: F401  (defines the operators)
-
-STATE_INTERVAL = 128  # kStateInterval in params.h
-
-
-def _state_dtype(q: Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
-
-
-def _num_seqs(q: Tensor, cu_seqlens: Tensor | None) -> int:
-    return q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-
-
-def _new_state(q: Tensor, v: Tensor, num_seqs: int, v_first: bool) -> Tensor:
-    K, HV, V = q.shape[3], v.shape[2], v.shape[3]
-    return q.new_empty((num_seqs, HV, V, K) if v_first else (num_seqs, HV, K, V), dtype=_state_dtype(q))
-
-
-def _none(q: Tensor, dtype: torch.dtype) -> Tensor:
-    return q.new_empty((0,), dtype=dtype)
+from remora.ops.recurrence.fakes import new_saved_states, new_state, state_dtype
 
 
 @torch.library.register_fake("remora::gated_delta_rule_fwd")
@@ -45,15 +27,8 @@ def _fwd_fake(
     state_v_first: bool,
     save_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    num_seqs = _num_seqs(q, cu_seqlens)
-    state = _new_state(q, v, num_seqs, state_v_first) if output_final_state else _none(q, _state_dtype(q))
-    saved_dtype = torch.bfloat16 if q.dtype == torch.bfloat16 else _state_dtype(q)
-    if save_states:
-        slots = q.shape[0] * q.shape[1] // STATE_INTERVAL + num_seqs
-        saved = q.new_empty((slots, v.shape[2], q.shape[3], v.shape[3]), dtype=saved_dtype)
-    else:
-        saved = _none(q, saved_dtype)
-    return q.new_empty(v.shape), state, saved
+    state = new_state(q, v, cu_seqlens, state_v_first, output_final_state)
+    return q.new_empty(v.shape), state, new_saved_states(q, v, cu_seqlens, save_states)
 
 
 @torch.library.register_fake("remora::gated_delta_rule_bwd")
@@ -73,15 +48,13 @@ def _bwd_fake(
     use_qk_l2norm: bool,
     state_v_first: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    num_seqs = _num_seqs(q, cu_seqlens)
-    none = _none(q, _state_dtype(q))
     return (
         q.new_empty(q.shape),
         q.new_empty(k.shape),
         q.new_empty(v.shape),
-        beta.new_empty(beta.shape) if g is not None else none,
+        q.new_empty(beta.shape if g is not None else (0,), dtype=state_dtype(q)),
         beta.new_empty(beta.shape),
-        _new_state(q, v, num_seqs, state_v_first) if initial_state is not None else none.clone(),
+        new_state(q, v, cu_seqlens, state_v_first, initial_state is not None),
     )
 
 
@@ -99,9 +72,7 @@ def _recurrent_fwd_fake(
     output_final_state: bool,
     state_v_first: bool,
 ) -> tuple[Tensor, Tensor]:
-    num_seqs = _num_seqs(q, cu_seqlens)
-    state = _new_state(q, v, num_seqs, state_v_first) if output_final_state else _none(q, _state_dtype(q))
-    return q.new_empty(v.shape), state
+    return q.new_empty(v.shape), new_state(q, v, cu_seqlens, state_v_first, output_final_state)
 
 
 @torch.library.register_fake("remora::gated_delta_rule_step_")

@@ -31,6 +31,21 @@ STABLE_TORCH_LIBRARY(remora, m) {
       "Tensor? state_indices, Tensor? memories, int num_memories, Tensor? a_log, Tensor? dt_bias, float scale, "
       "bool use_qk_l2norm, bool use_beta_sigmoid, bool allow_neg_eigval, bool state_v_first) -> Tensor");
   m.def(
+      "simple_gla_fwd(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? initial_state, Tensor? cu_seqlens, "
+      "Tensor? rows, float scale, bool output_final_state, bool state_v_first, bool save_states) "
+      "-> (Tensor o, Tensor final_state, Tensor saved_states)");
+  m.def(
+      "simple_gla_bwd(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? initial_state, Tensor? cu_seqlens, "
+      "Tensor? rows, Tensor saved_states, Tensor d_o, Tensor? d_final_state, float scale, bool state_v_first, "
+      "bool with_dg) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor d_initial_state)");
+  m.def(
+      "simple_gla_recurrent_fwd(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? initial_state, "
+      "Tensor? cu_seqlens, float scale, bool output_final_state, bool state_v_first) "
+      "-> (Tensor o, Tensor final_state)");
+  m.def(
+      "simple_gla_step_(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor(a!) state, Tensor? state_indices, "
+      "Tensor? memories, int num_memories, float scale, bool state_v_first) -> Tensor");
+  m.def(
       "mom_route_fwd(Tensor logits, Tensor? mask, int topk, bool renormalize, bool with_losses) "
       "-> (Tensor weights, Tensor indices, Tensor lse, Tensor losses, Tensor counts)");
   m.def(

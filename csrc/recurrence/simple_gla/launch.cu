@@ -333,12 +333,14 @@ Error simple_gla_bwd(const SimpleGlaBwdParams& p, const Launch& launch) {
     }
   };
 
-  // dq: spans start from saved states. The columns are K.
+  // dq: spans start from saved states, a sequence from what its first one holds rounded. The columns are K.
   WalkParams dq = walk;
   dq.x = k, dq.write = v, dq.read = d_o, dq.y = q;
   dq.out = group > 1 ? static_cast<void*>(partial) : p.dq, dq.is_out_float = group > 1;
   dq.saved_stride_x = shape.value_dim, dq.saved_stride_d = 1;
   dq.saved_use = WalkParams::kStartFrom, dq.num_x_tiles = k_tiles;
+  dq.entry = static_cast<const float*>(p.initial_state);
+  dq.entry_stride_x = p.state_v_first ? 1 : shape.value_dim, dq.entry_stride_d = p.state_v_first ? shape.head_dim : 1;
   dq.dots = dots;
   cudaError_t error = launch_walk_of(p.dtype, dq, false, dots != nullptr, launch);
   if (error == cudaSuccess) error = sum_groups(p.dq);

@@ -73,6 +73,7 @@ struct SimpleGlaBwdParams {
   const void* g;              // [B, T, HV] or null
   const int32_t* cu_seqlens;  // [N + 1] or null
   const int32_t* rows;        // [B * T] or null
+  const void* initial_state;  // [N, HV, K, V] or null: zero; what the first slot of a sequence holds rounded
   const void* saved_states;   // [num_state_slots, HV, K, V], as the forward pass wrote it
   const void* d_o;            // [B, T, HV, V] contiguous
   const void* d_final_state;  // as final_state, or null: zero

@@ -29,7 +29,7 @@ struct WalkParams {
   bool is_out_float, is_aligned;
 
   // States: [N, HV] matrices of channels of x by channels of write, element strides in them
-  const float* entry;  // before the walk's first token, or null: zero
+  const float* entry;  // before the walk's first token, or null: zero, or for kStartFrom what was saved
   float* exit;         // after its last token, or null
   int64_t entry_stride_x, entry_stride_d;
   int64_t saved_stride_x, saved_stride_d;  // of saved, chunk and span states
@@ -55,8 +55,8 @@ constexpr int walk_stage_size(int element_size, int dim, bool has_dots) {
 }
 constexpr int walk_smem_size(int element_size, int dim, bool has_dots, int num_stages) {
   const int block_t = walk_block_t(element_size), blocks = block_t / 16 * (block_t / 16 + 1) / 2;
-  return num_stages * walk_stage_size(element_size, dim, has_dots) + blocks * 256 * element_size + 4 * 3 * block_t * 4 +
-         (has_dots ? (blocks * 32 + (blocks + 3) / 4 * 4 + 5 * block_t + 4) * 4 : 0);
+  return num_stages * walk_stage_size(element_size, dim, has_dots) + blocks * 256 * element_size +
+         (4 * 3 * block_t + 4) * 4 + (has_dots ? (blocks * 32 + (blocks + 3) / 4 * 4 + 5 * block_t) * 4 : 0);
 }
 
 /// Launches the walk; `dim` 64 or 128 covers the channels of write.

@@ -166,7 +166,7 @@ __global__ void __launch_bounds__(kWalkThreads, 1) simple_gla_walk_kernel(const 
   float* cumsum = out_coef + BLOCK_T;
   float* const read_coef = kReverse ? out_coef : in_coef;
   float* const write_coef = kReverse ? in_coef : out_coef;
-  float* smem_products = floats + 4 * 3 * BLOCK_T;   // [4]
+  float* smem_products = floats + 4 * 3 * BLOCK_T;   // [4]; of a summary, the decay of the span so far
   float* smem_dots = smem_products + 4;              // [4][BLOCK_T]
   float* smem_rect = smem_dots + 4 * BLOCK_T;        // [BLOCK_T] rectangles of the diagonal blocks
   float* smem_rows = smem_rect + BLOCK_T;            // [NUM_CAUSAL][16] sums of M over a block's columns
@@ -207,7 +207,7 @@ __global__ void __launch_bounds__(kWalkThreads, 1) simple_gla_walk_kernel(const 
 
   // State at the near end of the span
   FragC z[DIM / 8] = {};
-  if (!kReverse && params.saved_use == WalkParams::kStartFrom) {
+  if (!kReverse && params.saved_use == WalkParams::kStartFrom && (span > 0 || params.entry == nullptr)) {
     if (num_tokens > 0) {
       const Saved* src = static_cast<const Saved*>(params.saved_states) + saved_slot * slot_stride + inner_offset;
       for_each(params.saved_stride_x, params.saved_stride_d,
@@ -251,7 +251,6 @@ __global__ void __launch_bounds__(kWalkThreads, 1) simple_gla_walk_kernel(const 
     cp_async_commit();
   };
 
-  float span_decay = 1.f;
   copy_chunk(0, 0);
 #pragma unroll 1
   for (int step = 0; step < num_chunks; ++step) {
@@ -277,7 +276,7 @@ __global__ void __launch_bounds__(kWalkThreads, 1) simple_gla_walk_kernel(const 
       in_coef[token] = params.scale * exp2_approx(g_sum[i]);
       out_coef[token] = exp2_approx(g_before - g_sum[i]);
     }
-    span_decay *= decay;
+    if (is_summary && threadIdx.x == 0) smem_products[0] = step == 0 ? decay : smem_products[0] * decay;
     cp_async_wait<0>();
     __syncthreads();
     if (params.num_stages == 2) copy_chunk(step + 1, stage_idx ^ 1);
@@ -575,7 +574,9 @@ __global__ void __launch_bounds__(kWalkThreads, 1) simple_gla_walk_kernel(const 
   if (is_summary) {
     float* dst = params.span_states + span_slot * slot_stride + inner_offset;
     for_each(params.saved_stride_x, params.saved_stride_d, [&](int i, int r, int64_t at) { dst[at] = z[i].r[r]; });
-    if (tile == 0 && threadIdx.x == 0) params.span_decays[span_slot * num_heads + head] = span_decay;
+    if (tile == 0 && threadIdx.x == 0) {
+      params.span_decays[span_slot * num_heads + head] = num_chunks > 0 ? smem_products[0] : 1.f;
+    }
   } else if (is_last && params.exit != nullptr) {
     float* dst = params.exit + state_offset;
     for_each(params.entry_stride_x, params.entry_stride_d, [&](int i, int r, int64_t at) { dst[at] = z[i].r[r]; });

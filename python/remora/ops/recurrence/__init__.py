@@ -8,13 +8,27 @@ from remora.ops.recurrence.gated_delta_rule import (
     fused_recurrent_gated_delta_rule,
     gated_delta_rule_step,
 )
+from remora.ops.recurrence.simple_gla import (
+    chunk_lightning_attn,
+    chunk_linear_attn,
+    chunk_retention,
+    chunk_simple_gla,
+    fused_recurrent_simple_gla,
+    simple_gla_step,
+)
 
 __all__ = [
     "causal_conv1d",
     "causal_conv1d_step",
     "chunk_delta_rule",
     "chunk_gated_delta_rule",
+    "chunk_lightning_attn",
+    "chunk_linear_attn",
+    "chunk_retention",
+    "chunk_simple_gla",
     "fused_recurrent_delta_rule",
     "fused_recurrent_gated_delta_rule",
+    "fused_recurrent_simple_gla",
     "gated_delta_rule_step",
+    "simple_gla_step",
 ]

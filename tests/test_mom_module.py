@@ -20,6 +20,8 @@ VARIANTS = {
     "all": {"topk": 4},
     "no_gate": {"use_gate": False},
     "bias": {"conv_bias": True},
+    "simple_gla": {"mixer": "simple_gla"},
+    "simple_gla, one kv": {"mixer": "simple_gla", "single_kv_proj": True, "shared_memory": False},
 }
 each_variant = pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS.keys())
 
@@ -32,7 +34,7 @@ def make(**options):
 
 
 def split(layer, weight):
-    """k, v, a and b of one memory's stacked projection."""
+    """k, v, a and, with a write strength, b of one memory's stacked projection."""
     return weight.split(layer.projected_sizes)
 
 
@@ -50,14 +52,17 @@ def read_one(layer, x, weight):
     q = convolve(x @ layer.q_proj.weight.mT, layer.q_conv1d).view(-1, H, K)
     k = convolve(x @ parts[0].mT, layer.k_conv1d).view(-1, H, K)
     v = convolve(x @ parts[1].mT, layer.v_conv1d).view(-1, H, V)
-    q, k = (y / (y.square().sum(-1, keepdim=True) + 1e-6).sqrt() for y in (q, k))
+    if layer.mixer == "gated_delta_rule":
+        q, k = (y / (y.square().sum(-1, keepdim=True) + 1e-6).sqrt() for y in (q, k))
     decay = torch.exp(-layer.A_log.exp() * F.softplus(x @ parts[2].mT + layer.dt_bias))
     state = x.new_zeros(H, K, V)
     reads = []
     for t in range(x.shape[0]):
         state = state * decay[t, :, None, None]
-        beta = torch.sigmoid(x[t] @ parts[3].mT)
-        write = beta[:, None] * (v[t] - torch.einsum("hkv,hk->hv", state, k[t]))
+        write = v[t]
+        if layer.mixer == "gated_delta_rule":
+            beta = torch.sigmoid(x[t] @ parts[3].mT)
+            write = beta[:, None] * (v[t] - torch.einsum("hkv,hk->hv", state, k[t]))
         state = state + torch.einsum("hk,hv->hkv", k[t], write)
         reads.append(torch.einsum("hkv,hk->hv", state, q[t]) * K**-0.5)
     return torch.stack(reads) if reads else x.new_zeros(0, H, V)

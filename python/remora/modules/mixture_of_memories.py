@@ -21,10 +21,12 @@ from remora.ops import (
     mom_gated_delta_rule,
     mom_gated_delta_rule_step,
     mom_route,
+    mom_simple_gla,
+    mom_simple_gla_step,
     route_plan,
 )
 
-MemoryMixer = Literal["gated_delta_rule"]
+MemoryMixer = Literal["gated_delta_rule", "simple_gla"]
 Drop = Literal["newest", "oldest"]
 
 
@@ -48,7 +50,7 @@ class _Projected(NamedTuple):
     Attributes:
         q, k, v: `[J, R, H * K]`, `[J, R, H * K]`, `[J, R, H * V]`.
         g: log decay, `[J, R, H]` fp32.
-        beta: write strength, `[J, R, H]` fp32.
+        beta: write strength, `[J, R, H]` fp32, of the gated delta rule.
         memories: `[J, R]` int64, the memory of each choice; negative for none, `M` for the shared one.
         order: `[J * R]` int64, the choices `j * R + r` sorted by memory and then by token, those of no
             memory last.
@@ -59,7 +61,7 @@ class _Projected(NamedTuple):
     k: Tensor
     v: Tensor
     g: Tensor
-    beta: Tensor
+    beta: Tensor | None
     memories: Tensor
     order: Tensor
     ends: Tensor
@@ -92,9 +94,9 @@ class MixtureOfMemories(nn.Module):
         y                = W_o (rms_norm(o) silu(W_g x))
 
     `conv_m` and the recurrence of `S^m` run over the tokens of `C_m` alone, as if they were the whole sequence: a token
-    that does not choose a memory neither decays nor writes it. The memory is that of `GatedDeltaNet`.
-    The shared memory is chosen by every
-    token, with weight one.
+    that does not choose a memory neither decays nor writes it. The memory is that of `GatedDeltaNet`, or with
+    `mixer="simple_gla"` linear attention that decays alike, S_t = e^{g_t} S_{t-1} + k_t v_t^T, without `beta` and
+    without normalising q and k. The shared memory is chosen by every token, with weight one.
 
     Source: Du, Sun, Lan, Hu, Cheng, "MoM: Linear Sequence Modeling with Mixture-of-Memories" (2025).
 
@@ -109,7 +111,7 @@ class MixtureOfMemories(nn.Module):
         topk: `k`, how many a token chooses.
         shared_memory: whether there is a memory that every token reads and writes.
         single_kv_proj: use one set of key, value and gate projections for all memories instead of one for each.
-        mixer: how a memory is written: "gated_delta_rule".
+        mixer: how a memory is written: "gated_delta_rule" or "simple_gla".
         capacity: the most tokens a memory takes from a sequence in one call, the shared one aside. Those dropped
             neither write nor read it, and their other choices keep their weights. None takes all.
         drop: which tokens a full memory drops: the "newest", or the "oldest" as the first released implementation did,
@@ -183,8 +185,10 @@ class MixtureOfMemories(nn.Module):
         self.layer_idx = layer_idx
         self.routing: Routing | None = None
 
-        # Key, value, decay gate and write strength; the shared memory's maps are the last ones.
-        self.projected_sizes = [self.key_dim, self.value_dim, num_heads, num_heads]
+        # Key, value, decay gate and, if the memory has one, write strength; the shared memory's maps are the last ones.
+        self.projected_sizes = [self.key_dim, self.value_dim, num_heads]
+        if mixer == "gated_delta_rule":
+            self.projected_sizes.append(num_heads)
         self.num_slots = num_memories + int(shared_memory)
         self.router = nn.Linear(hidden_size, num_memories, bias=False)
         self.q_proj = nn.Linear(hidden_size, self.key_dim, bias=False)
@@ -290,9 +294,9 @@ class MixtureOfMemories(nn.Module):
             all_rows = torch.where(slots == self.num_slots - 1, order.shape[0], ends).int()
             y = self.memory_proj(_Permute.apply(copies, order, inverse), all_rows)
             y = _Permute.apply(y, inverse, order).unflatten(0, (num_choices, num_tokens))
-        k, v, a, b = y.split(self.projected_sizes, dim=-1)
+        k, v, a, *b = y.split(self.projected_sizes, dim=-1)
         g = -self.A_log.float().exp() * F.softplus(a.float() + self.dt_bias.float())
-        beta = b.float().sigmoid()
+        beta = b[0].float().sigmoid() if b else None
         return _Projected(q.expand(num_choices, -1, -1), k, v, g, beta, memories, order, ends)
 
     def _scan(
@@ -338,20 +342,17 @@ class MixtureOfMemories(nn.Module):
             if tail is not None:
                 tails.append(tail)
         q, k, v, g, beta = self._per_token(tokens, projected, indices.shape[:2])
-        o, state = mom_gated_delta_rule(
-            q,
-            k,
-            v,
-            g,
-            beta,
-            weights,
-            indices,
-            initial_state=None if past is None else past.recurrent_state,
-            output_final_state=cache is not None,
-            use_qk_l2norm_in_kernel=True,
-            plan=plan,
-            **segments,
-        )
+        segments |= {
+            "plan": plan,
+            "initial_state": None if past is None else past.recurrent_state,
+            "output_final_state": cache is not None,
+        }
+        if beta is None:
+            o, state = mom_simple_gla(q, k, v, g, weights, indices, **segments)
+        else:
+            o, state = mom_gated_delta_rule(
+                q, k, v, g, beta, weights, indices, use_qk_l2norm_in_kernel=True, **segments
+            )
         if cache is not None and self.layer_idx is not None and state is not None:
             conv_state = torch.cat(tails, dim=-1).unflatten(0, (num_sequences, self.num_slots))
             cache.set(self.layer_idx, LayerCache((conv_state,), state))
@@ -373,27 +374,29 @@ class MixtureOfMemories(nn.Module):
         )
         tokens = y.split([self.key_dim, self.key_dim, self.value_dim], dim=-1)
         q, k, v, g, beta = self._per_token(tokens, projected, indices.shape[:2])
+        pool: Tensor = past.recurrent_state
+        if beta is None:
+            return mom_simple_gla_step(q, k, v, g, weights, indices, pool, shared_memory=self.shared_memory)
         return mom_gated_delta_rule_step(
-            q,
-            k,
-            v,
-            g,
-            beta,
-            weights,
-            indices,
-            past.recurrent_state,
-            shared_memory=self.shared_memory,
-            use_qk_l2norm_in_kernel=True,
+            q, k, v, g, beta, weights, indices, pool, shared_memory=self.shared_memory, use_qk_l2norm_in_kernel=True
         )
 
     @property
     def _convolutions(self) -> tuple[ShortConvolution, ShortConvolution, ShortConvolution]:
         return self.q_conv1d, self.k_conv1d, self.v_conv1d
 
-    def _per_token(self, tokens: Sequence[Tensor], projected: _Projected, shape: Sequence[int]) -> list[Tensor]:
+    def _per_token(
+        self, tokens: Sequence[Tensor], projected: _Projected, shape: Sequence[int]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """Give q, k, v, g and beta `[J, B * T, H * *]` the operators' shape `[B, T, J, H, *]`; nothing is copied."""
-        heads = [x.unflatten(-1, (self.num_heads, -1)) for x in tokens]
-        return [x.unflatten(1, tuple(shape)).movedim(0, 2) for x in (*heads, projected.g, projected.beta)]
+
+        def per_token(x: Tensor) -> Tensor:
+            y: Tensor = x.unflatten(1, tuple(shape))
+            return y.movedim(0, 2)
+
+        q, k, v = (per_token(x.unflatten(-1, (self.num_heads, -1))) for x in tokens)
+        beta = projected.beta
+        return q, k, v, per_token(projected.g), None if beta is None else per_token(beta)
 
     def _released_segments(
         self, projected: _Projected, shape: Sequence[int], cu_seqlens: Tensor | None

@@ -8,6 +8,8 @@ from remora.ops.routed.functional import (
     mom_gated_delta_rule,
     mom_gated_delta_rule_step,
     mom_route,
+    mom_simple_gla,
+    mom_simple_gla_step,
     route_plan,
 )
 
@@ -18,5 +20,7 @@ __all__ = [
     "mom_gated_delta_rule",
     "mom_gated_delta_rule_step",
     "mom_route",
+    "mom_simple_gla",
+    "mom_simple_gla_step",
     "route_plan",
 ]

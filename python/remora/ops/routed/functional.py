@@ -10,19 +10,25 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from remora import _ext
 from remora.ops import check
 from remora.ops.recurrence.gated_delta_rule.functional import (
-    MAX_CHUNK_HEAD_DIM_CUDA,
-    _check_beta_options,
-    _check_gate_parameters,
-    _check_inputs,
-    _check_state,
-    _Inputs,
+    check_beta_options,
+    check_gate_parameters,
+    gates_of,
+    map_gates,
 )
+from remora.ops.recurrence.inputs import (
+    TokenInputs,
+    check_chunk_head_dim,
+    check_inputs,
+    check_state,
+    check_state_indices,
+    needs_grad,
+)
+from remora.ops.recurrence.simple_gla import functional as simple_gla
 
 
 class MomRoute(NamedTuple):
@@ -204,13 +210,85 @@ def _check_choices(weights: Tensor, indices: Tensor) -> None:
 
 
 def _inputs_by_choice(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, indices: Tensor, scale: float | None, J: int
-) -> _Inputs:
-    B, T = indices.shape[:2]
+    q: Tensor, k: Tensor, v: Tensor, gates: dict[str, Tensor], weights: Tensor, indices: Tensor, scale: float | None,
+    shared_memory: bool,
+) -> TokenInputs:  # fmt: skip
+    _check_choices(weights, indices)
+    B, T, topk = indices.shape
+    J = topk + (1 if shared_memory else 0)
     q, k, v = (_by_choice(x, name, 4, B, T, J) for x, name in ((q, "q"), (k, "k"), (v, "v")))
-    beta = _by_choice(beta, "beta", 3, B, T, J)
-    g = None if g is None else _by_choice(g, "g", 3, B, T, J)
-    return _check_inputs(q, k, v, g, beta, scale, has_gate=g is not None)
+    return check_inputs(q, k, v, {name: _by_choice(x, name, 3, B, T, J) for name, x in gates.items()}, scale)
+
+
+class _Segments(NamedTuple):
+    """The sequences of all memories: their plan, their states [N * memories, ...] and how many they are."""
+
+    plan: RoutePlan
+    initial_state: Tensor | None
+    sizes: tuple[int, int]  # N, memories
+
+
+def _segments(
+    x: TokenInputs, indices: Tensor, num_memories: int, initial_state: Tensor | None, cu_seqlens: Tensor | None,
+    shared_memory: bool, capacity: int | None, drop: str, mask: Tensor | None, plan: RoutePlan | None,
+    state_v_first: bool,
+) -> _Segments:  # fmt: skip
+    check_chunk_head_dim(x.q)
+    B, T, topk = indices.shape
+    shared = 1 if shared_memory else 0
+    J, memories = topk + shared, num_memories + shared
+    if plan is None:
+        plan = route_plan(
+            indices, num_memories, cu_seqlens=cu_seqlens, shared_memory=shared_memory, capacity=capacity, drop=drop,
+            mask=mask,
+        )  # fmt: skip
+    check.has_shape(plan.rows, "plan.rows", "[J * B * T]", [J * B * T])
+    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    check.has_shape(plan.cu_seqlens, "plan.cu_seqlens", "[N * memories + 1]", [N * memories + 1])
+    state = None
+    if initial_state is not None:
+        check.is_tensor(initial_state, "initial_state")
+        if initial_state.dim() != 5 or initial_state.shape[:2] != (N, memories):
+            raise ValueError(f"initial_state must have shape [N, memories, HV, K, V] with N = {N}, "
+                             f"memories = {memories}, got {list(initial_state.shape)}")  # fmt: skip
+        state = initial_state.flatten(0, 1)
+        check_state(state, "initial_state", x, N * memories, state_v_first)
+        state = state.contiguous()
+    return _Segments(plan, state, (N, memories))
+
+
+class _Choices(NamedTuple):
+    """What a step works on: the pool [slots * memories, ...], the slots of its sequences, the memories [J, N] of their
+    choices, and how many memories a slot has.
+    """
+
+    pool: Tensor
+    state_indices: Tensor | None
+    memories: Tensor
+    num_memories: int
+
+
+def _choices(
+    x: TokenInputs, indices: Tensor, state: Tensor, state_indices: Tensor | None, shared_memory: bool, v_first: bool
+) -> _Choices:
+    N, T, topk = indices.shape
+    if T != 1:
+        raise ValueError(f"indices must have T = 1 in a step, got T = {T}")
+    check.is_tensor(state, "state")
+    if state.dim() != 5 or not state.is_contiguous() or state.shape[1] <= shared_memory:
+        raise ValueError(f"state must be contiguous [slots, memories, HV, K, V], got {list(state.shape)}")
+    slots, memories = state.shape[:2]
+    pool = state.view(-1, *state.shape[2:])
+    check_state(pool, "state", x, None, v_first)
+    if state_indices is None:
+        check.in_range(slots, "the slots of state without state_indices (N)", N, N)
+    state_indices = check_state_indices(state_indices, x, N, slots)
+    num_memories = memories - (1 if shared_memory else 0)
+    chosen = indices.view(N, topk).t()
+    chosen = torch.where((chosen >= 0) & (chosen < num_memories), chosen, -1).to(torch.int32)
+    if shared_memory:
+        chosen = torch.cat([chosen, chosen.new_full((1, N), num_memories)])
+    return _Choices(pool, state_indices, chosen.contiguous(), memories)
 
 
 def mom_gated_delta_rule(
@@ -263,48 +341,22 @@ def mom_gated_delta_rule(
     Raises:
         TypeError, ValueError: an argument has a type, dtype, shape, device or value that is not allowed.
     """
-    _check_choices(weights, indices)
-    B, T, topk = indices.shape
-    shared = 1 if shared_memory else 0
-    J, memories = topk + shared, num_memories + shared
-    x = _inputs_by_choice(q, k, v, g, beta, indices, scale, J)
-    if not _ext.runs_on_cpu_kernels(x.q):
-        check.in_range(x.q.shape[3], "on CUDA, the head size K of q and k", 1, MAX_CHUNK_HEAD_DIM_CUDA)
     if use_gate_in_kernel and g is None:
         raise ValueError("use_gate_in_kernel=True needs g, got None")
-    A_log, dt_bias = _check_gate_parameters(use_gate_in_kernel, A_log, dt_bias, x)
-    _check_beta_options(use_beta_sigmoid_in_kernel, allow_neg_eigval)
-    gate, write = x.g, x.beta
-    if A_log is not None:
-        assert gate is not None
-        gate = -A_log.exp() * F.softplus(gate if dt_bias is None else gate + dt_bias)
-    if use_beta_sigmoid_in_kernel:
-        write = write.sigmoid() * 2 if allow_neg_eigval else write.sigmoid()
-    if plan is None:
-        plan = route_plan(
-            indices, num_memories, cu_seqlens=cu_seqlens, shared_memory=shared_memory, capacity=capacity, drop=drop,
-            mask=mask,
-        )  # fmt: skip
-    check.has_shape(plan.rows, "plan.rows", "[J * B * T]", [J * B * T])
-    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    check.has_shape(plan.cu_seqlens, "plan.cu_seqlens", "[N * memories + 1]", [N * memories + 1])
-    state = None
-    if initial_state is not None:
-        check.is_tensor(initial_state, "initial_state")
-        if initial_state.dim() != 5 or initial_state.shape[:2] != (N, memories):
-            raise ValueError(f"initial_state must have shape [N, memories, HV, K, V] with N = {N}, "
-                             f"memories = {memories}, got {list(initial_state.shape)}")  # fmt: skip
-        state = initial_state.flatten(0, 1)
-        _check_state(state, "initial_state", x, N * memories, state_v_first)
-        state = state.contiguous()
-    tensors = (x.q, x.k, x.v, gate, write, state)
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    gates = gates_of(g, beta, g is not None)
+    x = _inputs_by_choice(q, k, v, gates, weights, indices, scale, shared_memory)
+    A_log, dt_bias = check_gate_parameters(use_gate_in_kernel, A_log, dt_bias, x)
+    check_beta_options(use_beta_sigmoid_in_kernel, allow_neg_eigval)
+    x = map_gates(x, A_log, dt_bias, use_beta_sigmoid_in_kernel, allow_neg_eigval)
+    plan, state, sizes = _segments(
+        x, indices, num_memories, initial_state, cu_seqlens, shared_memory, capacity, drop, mask, plan, state_v_first
+    )
+    tensors = (x.q, x.k, x.v, x.g, x.beta, state)
     o, final_state, _ = torch.ops.remora.gated_delta_rule_fwd(
         *tensors, plan.cu_seqlens, plan.rows, x.scale, use_qk_l2norm_in_kernel, output_final_state, state_v_first,
-        needs_grad,
+        needs_grad(*tensors),
     )  # fmt: skip
-    out = mom_combine(o, weights)
-    return out, final_state.unflatten(0, (N, memories)) if output_final_state else None
+    return mom_combine(o, weights), final_state.unflatten(0, sizes) if output_final_state else None
 
 
 def mom_gated_delta_rule_step(
@@ -343,38 +395,102 @@ def mom_gated_delta_rule_step(
         TypeError, ValueError: an argument has a type, dtype, shape, device or value that is not allowed, or requires a
             gradient while gradients are enabled.
     """
-    _check_choices(weights, indices)
-    N, T, topk = indices.shape
-    if T != 1:
-        raise ValueError(f"indices must have T = 1 in a step, got T = {T}")
-    x = _inputs_by_choice(q, k, v, g, beta, indices, scale, topk + (1 if shared_memory else 0))
     if use_gate_in_kernel and g is None:
         raise ValueError("use_gate_in_kernel=True needs g, got None")
-    A_log, dt_bias = _check_gate_parameters(use_gate_in_kernel, A_log, dt_bias, x)
-    _check_beta_options(use_beta_sigmoid_in_kernel, allow_neg_eigval)
-    check.is_tensor(state, "state")
-    if state.dim() != 5 or not state.is_contiguous() or state.shape[1] <= shared_memory:
-        raise ValueError(f"state must be contiguous [slots, memories, HV, K, V], got {list(state.shape)}")
-    slots, memories = state.shape[:2]
-    _check_state(state.view(-1, *state.shape[2:]), "state", x, None, state_v_first)
-    if state_indices is None:
-        check.in_range(slots, "the slots of state without state_indices (N)", N, N)
-    else:
-        check.is_tensor(state_indices, "state_indices")
-        check.has_dtype(state_indices, "state_indices", (torch.int32, torch.int64))
-        check.has_shape(state_indices, "state_indices", "[N]", [N])
-        check.same_device(state_indices, "state_indices", x.q, "q")
-        state_indices = state_indices.clamp(-1, slots).to(torch.int32).contiguous()
-    tensors = (q, k, v, g, beta, weights, state, A_log, dt_bias)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    gates = gates_of(g, beta, g is not None)
+    x = _inputs_by_choice(q, k, v, gates, weights, indices, scale, shared_memory)
+    A_log, dt_bias = check_gate_parameters(use_gate_in_kernel, A_log, dt_bias, x)
+    check_beta_options(use_beta_sigmoid_in_kernel, allow_neg_eigval)
+    pool, state_indices, memories, num_memories = _choices(
+        x, indices, state, state_indices, shared_memory, state_v_first
+    )
+    if needs_grad(q, k, v, g, beta, weights, state, A_log, dt_bias):
         raise ValueError("mom_gated_delta_rule_step has no gradient: call it under torch.no_grad()")
-    num_memories = memories - (1 if shared_memory else 0)
-    chosen = indices.view(N, topk).t()
-    chosen = torch.where((chosen >= 0) & (chosen < num_memories), chosen, -1).to(torch.int32)
-    if shared_memory:
-        chosen = torch.cat([chosen, chosen.new_full((1, N), num_memories)])
     o = torch.ops.remora.gated_delta_rule_step_(
-        x.q, x.k, x.v, x.g, x.beta, state.view(-1, *state.shape[2:]), state_indices, chosen.contiguous(), memories,
-        A_log, dt_bias, x.scale, use_qk_l2norm_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first,
+        x.q, x.k, x.v, x.g, x.beta, pool, state_indices, memories, num_memories, A_log, dt_bias, x.scale,
+        use_qk_l2norm_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first,
     )  # fmt: skip
+    return mom_combine(o, weights)
+
+
+def mom_simple_gla(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    weights: Tensor,
+    indices: Tensor,
+    num_memories: int,
+    *,
+    g_gamma: Tensor | None = None,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    shared_memory: bool = False,
+    capacity: int | None = None,
+    drop: str = "newest",
+    mask: Tensor | None = None,
+    plan: RoutePlan | None = None,
+    state_v_first: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Linear attention with scalar decay over the tokens that each memory is sent, and the weighted sum of its answers.
+
+        S^m_t = chunk_simple_gla of the tokens with m among their choices; other tokens leave S^m as it is
+        o_t = sum_j w_tj scale (S^{m_tj}_t)^T q_tj  (+ that of the shared memory)
+
+    Args:
+        q, k, v, g, weights, indices, num_memories: as in `mom_gated_delta_rule`.
+        g_gamma: [HV] constant decay, added to g.
+        Other arguments as in `mom_gated_delta_rule` and `chunk_simple_gla`.
+
+    Returns:
+        As `mom_gated_delta_rule`.
+
+    Raises:
+        TypeError, ValueError: an argument has a type, dtype, shape, device or value that is not allowed.
+    """
+    x = _inputs_by_choice(q, k, v, simple_gla.gates_of(g), weights, indices, scale, shared_memory)
+    x = simple_gla.add_constant_decay(x, g_gamma)
+    plan, state, sizes = _segments(
+        x, indices, num_memories, initial_state, cu_seqlens, shared_memory, capacity, drop, mask, plan, state_v_first
+    )
+    tensors = (x.q, x.k, x.v, x.g, state)
+    saves_states = needs_grad(*tensors)
+    simple_gla.check_kernel_limits(x, saves_states)
+    o, final_state, _ = torch.ops.remora.simple_gla_fwd(
+        *tensors, plan.cu_seqlens, plan.rows, x.scale, output_final_state, state_v_first, saves_states
+    )
+    return mom_combine(o, weights), final_state.unflatten(0, sizes) if output_final_state else None
+
+
+def mom_simple_gla_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    weights: Tensor,
+    indices: Tensor,
+    state: Tensor,
+    *,
+    g_gamma: Tensor | None = None,
+    state_indices: Tensor | None = None,
+    scale: float | None = None,
+    shared_memory: bool = False,
+    state_v_first: bool = False,
+) -> Tensor:
+    """One decode step of `mom_simple_gla`: touches the states of the chosen (and shared) memories only.
+
+    Arguments, returns and errors as in `mom_gated_delta_rule_step`; `g_gamma` as in `mom_simple_gla`.
+    """
+    x = _inputs_by_choice(q, k, v, simple_gla.gates_of(g), weights, indices, scale, shared_memory)
+    x = simple_gla.add_constant_decay(x, g_gamma)
+    pool, state_indices, memories, num_memories = _choices(
+        x, indices, state, state_indices, shared_memory, state_v_first
+    )
+    if needs_grad(q, k, v, g, g_gamma, weights, state):
+        raise ValueError("mom_simple_gla_step has no gradient: call it under torch.no_grad()")
+    o = torch.ops.remora.simple_gla_step_(
+        x.q, x.k, x.v, x.g, pool, state_indices, memories, num_memories, x.scale, state_v_first
+    )
     return mom_combine(o, weights)

@@ -23,40 +23,61 @@ class Case:
     H: int
     D: int  # K = V
     rotate: int = 1  # decode: state sets used in turn; several make them cold
+    op: str = "gated_delta_rule"  # or simple_gla
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the differentiable inputs, in the order of the operator's arguments."""
+        return ("q", "k", "v", "g") + (("beta",) if self.op == "gated_delta_rule" else ())
 
     @property
     def name(self) -> str:
         cold = f" x{self.rotate} states" if self.rotate > 1 else ""
-        return f"gated_delta_rule {self.mode} {self.dtype} B{self.B} T{self.T} H{self.H} K=V={self.D}{cold}"
+        return f"{self.op} {self.mode} {self.dtype} B{self.B} T{self.T} H{self.H} K=V={self.D}{cold}"
 
     def small(self) -> "Case":
         """The same case at a size the float64 recurrence with gradients can do."""
-        return Case(self.mode, self.dtype, min(self.B, 2), min(self.T, 130), min(self.H, 2), self.D)
+        return Case(self.mode, self.dtype, min(self.B, 2), min(self.T, 130), min(self.H, 2), self.D, op=self.op)
 
     def flops(self) -> float:
         """The fewest of any schedule that carries a state: a token's products with it, 2 K V each.
 
-        Forward three, S^T k, S += k u^T, S^T q; backward six, dS += q dO^T, dS^T k, dS -= k dV^T and, of dk and dq,
-        dS u, S dV, S dO. Products of tokens with each other (none in the recurrence), and of states that are computed
-        again (one or two a token), come on top: what a schedule pays for fewer passes over the state and for memory.
+        Of the gated delta rule, forward three, S^T k, S += k u^T, S^T q; backward six, dS += q dO^T, dS^T k,
+        dS -= k dV^T and, of dk and dq, dS u, S dV, S dO. Of simple_gla two, S += k v^T, S^T q, and four,
+        dS += q dO^T, dS^T k, dS v, S dO. Products of tokens with each other (none in the recurrence), and of states
+        that are computed again (one or two a token), come on top: what a schedule pays for fewer passes over the state
+        and for memory.
         """
-        products = {"fwd": 3, "fwd+bwd": 9, "decode": 3}[self.mode]
+        forward, backward = {"gated_delta_rule": (3, 6), "simple_gla": (2, 4)}[self.op]
+        products = forward + backward if self.mode == "fwd+bwd" else forward
         return self.B * self.T * self.H * products * 2.0 * self.D**2
 
     def bytes(self) -> float:
         """Inputs once and outputs once; of decode the states, read and written."""
         element = 4 if self.dtype == "fp32" else 2
-        tokens = self.B * self.T * self.H
+        tokens, gates = self.B * self.T * self.H, 4 * (len(self.inputs) - 3)
         if self.mode == "decode":
-            return tokens * (2 * 4 * self.D * self.D + 4 * element * self.D + 8)
-        forward = tokens * (4 * element * self.D + 8)
-        return forward if self.mode == "fwd" else forward + tokens * (8 * element * self.D + 16)
+            return tokens * (2 * 4 * self.D * self.D + 4 * element * self.D + gates)
+        forward = tokens * (4 * element * self.D + gates)
+        return forward if self.mode == "fwd" else forward + tokens * (8 * element * self.D + 2 * gates)
 
 
-HEADLINE = [Case(mode, dtype, 1, 4096, 8, 128) for mode in ("fwd", "fwd+bwd") for dtype in ("fp32", "bf16")]
-DECODE = [Case("decode", dtype, 32, 1, 8, 128, rotate) for dtype in ("fp32", "bf16") for rotate in (1, 8)]
+OPERATORS = ("gated_delta_rule", "simple_gla")
+HEADLINE = [
+    Case(mode, dtype, 1, 4096, 8, 128, op=op)
+    for op in OPERATORS
+    for mode in ("fwd", "fwd+bwd")
+    for dtype in ("fp32", "bf16")
+]
+DECODE = [
+    Case("decode", dtype, 32, 1, 8, 128, rotate, op)
+    for op in OPERATORS
+    for dtype in ("fp32", "bf16")
+    for rotate in (1, 8)
+]
 MORE = [
-    Case(mode, dtype, 1, T, 8, D)
+    Case(mode, dtype, 1, T, 8, D, op=op)
+    for op in OPERATORS
     for T, D in ((1024, 64), (4096, 64), (1024, 128))
     for mode in ("fwd", "fwd+bwd")
     for dtype in ("fp32", "bf16")
@@ -127,13 +148,15 @@ Outputs = dict[str, Tensor]
 def reference(x: Inputs) -> Outputs:
     """Float64, token by token, from the rounded inputs; gradients unless forward only."""
     from remora.ops.recurrence.gated_delta_rule.naive import naive_gated_delta_rule
+    from remora.ops.recurrence.simple_gla.naive import naive_simple_gla
 
-    names = ("q", "k", "v", "g", "beta")
+    naive = {"gated_delta_rule": naive_gated_delta_rule, "simple_gla": naive_simple_gla}[x.case.op]
+    names = x.case.inputs
     exact = {n: getattr(x, n).double().requires_grad_(x.case.mode == "fwd+bwd") for n in names}
     if x.case.mode == "decode":
-        o, state = naive_gated_delta_rule(**exact, initial_state=x.states[0].double(), output_final_state=True)
+        o, state = naive(**exact, initial_state=x.states[0].double(), output_final_state=True)
         return {"o": o, "state": state}
-    o, _ = naive_gated_delta_rule(**exact)
+    o, _ = naive(**exact)
     out = {"o": o.detach()}
     if x.case.mode == "fwd+bwd":
         grads = torch.autograd.grad(o, list(exact.values()), x.d_o.double())

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import report
-from .cases import relative_rms
+from .cases import OPERATORS, relative_rms
 
 CHUNK = 64
 INPUTS = ("q", "k", "v", "g", "beta")
@@ -39,11 +39,15 @@ TOLERANCE = 1e-2
 Counters = dict[str, float]
 
 
-def forward_flops(K: int, V: int, C: int) -> float:
+def forward_flops(op: str, K: int, V: int, C: int) -> float:
+    if op == "simple_gla":
+        return 4 * K * V + 2 * C * K + 2 * C * V
     return 6 * K * V + 4 * C * K + 4 * C * V + 2 / 3 * C * C
 
 
-def backward_flops(K: int, V: int, C: int) -> float:
+def backward_flops(op: str, K: int, V: int, C: int) -> float:
+    if op == "simple_gla":
+        return 10 * K * V + 6 * C * K + 4 * C * V
     return 16 * K * V + 12 * C * K + 10 * C * V + 2 / 3 * C * C
 
 
@@ -108,8 +112,10 @@ class TorchOperators(TorchDispatchMode):
         return out
 
 
-def make_inputs(B: int, T: int, H: int, HV: int, D: int, seed: int) -> tuple[dict[str, Tensor], Tensor]:
-    """As a layer gives them: bf16 q, k (unit length), v, fp32 log decay and beta."""
+def make_inputs(
+    B: int, T: int, H: int, HV: int, D: int, seed: int, op: str = "gated_delta_rule"
+) -> tuple[dict[str, Tensor], Tensor]:
+    """As a layer gives them: bf16 q, k (unit length), v, fp32 log decay and, for the gated delta rule, beta."""
     rng = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -121,8 +127,9 @@ def make_inputs(B: int, T: int, H: int, HV: int, D: int, seed: int) -> tuple[dic
         "k": k,
         "v": normal(B, T, HV, D).bfloat16(),
         "g": torch.nn.functional.logsigmoid(normal(B, T, HV) + 3.0),
-        "beta": normal(B, T, HV).sigmoid(),
     }
+    if op == "gated_delta_rule":
+        full["beta"] = normal(B, T, HV).sigmoid()
     return {n: t.requires_grad_() for n, t in full.items()}, normal(B, T, HV, D).bfloat16()
 
 
@@ -133,31 +140,34 @@ def size(*tensors: Tensor) -> int:
 def phases(inputs: dict[str, Tensor], do: Tensor, o: Tensor, grads: tuple[Tensor, ...]) -> dict[str, dict[str, Any]]:
     """Compulsory bytes, useful FLOPs and errors of both directions."""
     from remora.ops.recurrence.gated_delta_rule.naive import naive_gated_delta_rule
+    from remora.ops.recurrence.simple_gla.naive import naive_simple_gla
 
+    op = "gated_delta_rule" if "beta" in inputs else "simple_gla"
     exact = {n: t.detach().double().requires_grad_() for n, t in inputs.items()}
-    want, _ = naive_gated_delta_rule(**exact)
+    want, _ = (naive_gated_delta_rule if op == "gated_delta_rule" else naive_simple_gla)(**exact)
     wanted = torch.autograd.grad(want, list(exact.values()), do.double())
     D, tokens = do.shape[-1], do.numel() // do.shape[-1]
     return {
         "forward": {
             "compulsory": size(*inputs.values(), o),
-            "useful": tokens * forward_flops(D, D, CHUNK),
+            "useful": tokens * forward_flops(op, D, D, CHUNK),
             "errors": {"o": relative_rms(o, want)},
         },
         "backward": {
             "compulsory": size(*inputs.values(), do, *grads),
-            "useful": tokens * backward_flops(D, D, CHUNK),
+            "useful": tokens * backward_flops(op, D, D, CHUNK),
             "errors": {f"d{n}": relative_rms(g, w) for n, g, w in zip(inputs, grads, wanted, strict=True)},
         },
     }
 
 
-def ours(B: int, T: int, H: int, HV: int, D: int, arch: int, seed: int = 0) -> dict[str, Any]:
+def ours(op: str, B: int, T: int, H: int, HV: int, D: int, arch: int, seed: int = 0) -> dict[str, Any]:
     """Runs our operator in the simulator; needs REMORA_BACKEND=sim in the environment."""
     import remora.ops as ops
     from remora.testing import sim
 
-    inputs, do = make_inputs(B, T, H, HV, D, seed)
+    inputs, do = make_inputs(B, T, H, HV, D, seed, op)
+    function = ops.chunk_gated_delta_rule if op == "gated_delta_rule" else ops.chunk_simple_gla
     rows: dict[str, dict[str, Counters]] = {}
 
     def collect(phase: str, torch_rows: dict[str, Counters]) -> None:
@@ -166,7 +176,7 @@ def ours(B: int, T: int, H: int, HV: int, D: int, arch: int, seed: int = 0) -> d
     with sim.options(memory_stats=1, arch=arch):
         sim.reset_stats()
         with TorchOperators() as t:
-            o, _ = ops.chunk_gated_delta_rule(*inputs.values())
+            o, _ = function(*inputs.values())
         collect("forward", t.rows)
         sim.reset_stats()
         with TorchOperators() as t:
@@ -284,6 +294,7 @@ def arguments() -> argparse.ArgumentParser:
         choices=(80, 90),
         help="the simulated device; FLA compiles for it, ours is PTX of compute_80",
     )
+    ap.add_argument("--op", default="gated_delta_rule", choices=OPERATORS, help="the peer does the first only")
     ap.add_argument("--json", help="write everything here")
     return ap
 
@@ -302,14 +313,14 @@ def main(argv: list[str]) -> int:
         print(COMMANDS)
         return 0
     if o.worker:
-        result = ours(o.B, o.T, o.H, o.HV or o.H, o.D, o.arch, o.seed)
+        result = ours(o.op, o.B, o.T, o.H, o.HV or o.H, o.D, o.arch, o.seed)
         pathlib.Path(o.json).write_text(json.dumps(result))
         return 0
     shape = [f"--{n}={getattr(o, n)}" for n in ("B", "T", "H", "HV", "D", "arch", "seed")]
     start = time.time()
-    mine = spawn("bench", ["counters", "--worker", *shape], {"REMORA_BACKEND": "sim"})
+    mine = spawn("bench", ["counters", "--worker", f"--op={o.op}", *shape], {"REMORA_BACKEND": "sim"})
     peer, absent = None, ""
-    if not o.no_peer:
+    if not o.no_peer and o.op == "gated_delta_rule":
         if importlib.util.find_spec("fla") is None:
             absent = (
                 "flash-linear-attention is absent: pip install --no-deps flash-linear-attention==0.5.2 fla-core==0.5.2"
@@ -317,7 +328,7 @@ def main(argv: list[str]) -> int:
         else:
             peer = spawn("bench.fla_counters", shape, {})
     print(
-        f"simulated sm_{o.arch}, B={o.B} T={o.T} H={o.H} HV={o.HV or o.H} K=V={o.D} bf16; counts, not times; {time.time() - start:.0f} s"  # noqa: E501
+        f"{o.op}, simulated sm_{o.arch}, B={o.B} T={o.T} H={o.H} HV={o.HV or o.H} K=V={o.D} bf16; counts, not times; {time.time() - start:.0f} s"  # noqa: E501
     )
     good = True
     for phase in mine["phases"]:

@@ -84,7 +84,8 @@ def quantile(values: list[float], q: float) -> float:
 
 
 def required(case: Case) -> tuple[str, ...]:
-    return {"fwd": ("o",), "decode": ("o", "state"), "fwd+bwd": ("o", "dq", "dk", "dv", "dg", "dbeta")}[case.mode]
+    gradients = (f"d{name}" for name in case.inputs)
+    return {"fwd": ("o",), "decode": ("o", "state"), "fwd+bwd": ("o", *gradients)}[case.mode]
 
 
 def prepare(case: Case, peers: list[Peer]) -> tuple[dict[str, Run], dict[str, dict[str, Any]]]:

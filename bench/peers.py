@@ -1,4 +1,4 @@
-"""Implementations of the gated delta rule on the CPU: ours and what a user could pick instead.
+"""Implementations of the recurrences on the CPU: ours and what a user could pick instead.
 
 Each takes tensors in the layout it wants, prepared outside of the timed call. One that cannot be imported is absent,
 with the
@@ -43,20 +43,21 @@ class Peer:
 
 
 def backward(f: Callable[..., Tensor], x: Inputs) -> Run:
-    """Forward, and backward too if the case wants it. f: differentiable, of q, k, v, g, beta."""
+    """Forward, and backward too if the case wants it. f: differentiable, of the inputs in the operator's order."""
+    inputs = [getattr(x, name) for name in x.case.inputs]
     if x.case.mode == "fwd":
 
         def forward() -> Outputs:
             with torch.no_grad():
-                return {"o": f(x.q, x.k, x.v, x.g, x.beta)}
+                return {"o": f(*inputs)}
 
         return forward
-    leaves = [t.detach().requires_grad_() for t in (x.q, x.k, x.v, x.g, x.beta)]
+    leaves = [t.detach().requires_grad_() for t in inputs]
 
     def both() -> Outputs:
         o = f(*leaves)
         grads = torch.autograd.grad(o, leaves, x.d_o)
-        return {"o": o.detach(), **dict(zip(("dq", "dk", "dv", "dg", "dbeta"), grads, strict=True))}
+        return {"o": o.detach(), **{f"d{name}": d for name, d in zip(x.case.inputs, grads, strict=True)}}
 
     return both
 
@@ -76,13 +77,23 @@ def rotating(x: Inputs, step: Callable[[int], Tensor], states: list[Tensor]) -> 
 def remora(x: Inputs) -> Run:
     import remora.ops as ops
 
+    whole, step = {
+        "gated_delta_rule": (ops.chunk_gated_delta_rule, ops.gated_delta_rule_step),
+        "simple_gla": (ops.chunk_simple_gla, ops.simple_gla_step),
+    }[x.case.op]
     if x.case.mode == "decode":
-        states = [s.clone() for s in x.states]
-        return rotating(x, lambda n: ops.gated_delta_rule_step(x.q, x.k, x.v, x.g, x.beta, states[n]), states)
-    return backward(lambda *t: ops.chunk_gated_delta_rule(*t)[0], x)
+        states, inputs = [s.clone() for s in x.states], [getattr(x, name) for name in x.case.inputs]
+        return rotating(x, lambda n: step(*inputs, states[n]), states)
+    return backward(lambda *t: whole(*t)[0], x)
+
+
+def only_gated_delta_rule(x: Inputs) -> None:
+    if x.case.op != "gated_delta_rule":
+        raise Absent("the gated delta rule only")
 
 
 def remora_gates(x: Inputs) -> Run:
+    only_gated_delta_rule(x)
     import remora.ops as ops
 
     if x.case.mode != "decode":
@@ -105,7 +116,7 @@ def onnx_session(case: Case, dtype: str = "fp32") -> object:
         "v": [B, T, H * D],
         "past": [B, H, D, D],
         "decay": [B, T, H],
-        "beta": [B, T, H],
+        **({"beta": [B, T, H]} if case.op == "gated_delta_rule" else {}),
     }
     node = helper.make_node(
         "LinearAttention",
@@ -114,11 +125,11 @@ def onnx_session(case: Case, dtype: str = "fp32") -> object:
         domain="com.microsoft",
         q_num_heads=H,
         kv_num_heads=H,
-        update_rule="gated_delta",
+        update_rule="gated_delta" if case.op == "gated_delta_rule" else "gated",
     )
     graph = helper.make_graph(
         [node],
-        "gated_delta",
+        case.op,
         [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in shapes.items()],
         [helper.make_tensor_value_info(n, TensorProto.FLOAT, shapes[s]) for n, s in (("o", "v"), ("present", "past"))],
     )
@@ -153,7 +164,7 @@ def onnxruntime(x: Inputs) -> Run:
             "k": x.k.flatten(2),
             "v": x.v.flatten(2),
             "decay": x.g,
-            "beta": x.beta,
+            **({"beta": x.beta} if "beta" in case.inputs else {}),
             "past": state,
         }
         for name, t in flat.items():
@@ -191,7 +202,7 @@ def onnxruntime_cast(x: Inputs) -> Run:
     wide = Inputs(
         **{
             **vars(x),
-            "case": Case("fwd", "fp32", x.case.B, x.case.T, x.case.H, x.case.D),
+            "case": Case("fwd", "fp32", x.case.B, x.case.T, x.case.H, x.case.D, op=x.case.op),
             "q": x.q.float(),
             "k": x.k.float(),
             "v": x.v.float(),
@@ -209,6 +220,7 @@ def onnxruntime_cast(x: Inputs) -> Run:
 
 def openvino(x: Inputs) -> Run:
     """An operator internal to OpenVINO: Python has no constructor for it, but a model read from text may name it."""
+    only_gated_delta_rule(x)
     import openvino as ov
 
     case = x.case
@@ -267,6 +279,7 @@ def openvino(x: Inputs) -> Run:
 
 
 def zentorch(x: Inputs) -> Run:
+    only_gated_delta_rule(x)
     if "AVX512" not in torch.backends.cpu.get_cpu_capability():
         raise ImportError("its kernels are AVX-512 instructions, which end the process on this machine")
     importlib.import_module("zentorch")
@@ -309,6 +322,7 @@ def zentorch(x: Inputs) -> Run:
 
 
 def transformers(x: Inputs) -> Run:
+    only_gated_delta_rule(x)
     if x.case.mode == "decode":
         raise Absent("its recurrent path was 20x slower than the others at decoding")
     missing = object()
@@ -347,6 +361,7 @@ def bitsandbytes_function() -> Callable[..., tuple[Tensor, Tensor]]:
 
 
 def bitsandbytes_fork(x: Inputs) -> Run:
+    only_gated_delta_rule(x)
     if x.case.mode == "decode":
         raise Absent("no decode step in place")
     f = bitsandbytes_function()
@@ -356,10 +371,23 @@ def bitsandbytes_fork(x: Inputs) -> Run:
 def chunked_torch(x: Inputs) -> Run:
     from . import chunked_torch as m
 
+    whole, step = {
+        "gated_delta_rule": (m.chunked_gated_delta_rule, m.step_),
+        "simple_gla": (m.chunked_simple_gla, m.simple_gla_step_),
+    }[x.case.op]
     if x.case.mode == "decode":
-        states = [s.clone() for s in x.states]
-        return rotating(x, lambda n: m.step_(x.q, x.k, x.v, x.g, x.beta, states[n], x.scale).to(x.q.dtype), states)
-    return backward(lambda *t: m.chunked_gated_delta_rule(*t, x.scale), x)
+        states, inputs = [s.clone() for s in x.states], [getattr(x, name) for name in x.case.inputs]
+        return rotating(x, lambda n: step(*inputs, states[n], x.scale).to(x.q.dtype), states)
+    return backward(lambda *t: whole(*t, x.scale), x)
+
+
+def compiled_torch(x: Inputs) -> Run:
+    from .chunked_torch import chunked_simple_gla
+
+    if x.case.op != "simple_gla" or x.case.mode == "decode":
+        raise Absent("whole sequences of simple_gla only")
+    compiled = torch.compile(chunked_simple_gla, dynamic=False)
+    return backward(lambda *t: compiled(*t, x.scale), x)
 
 
 PEERS = [
@@ -372,4 +400,5 @@ PEERS = [
     Peer("bitsandbytes-cpu-fork", "bitsandbytes-cpu-fork", bitsandbytes_fork),
     Peer("transformers", "transformers", transformers),
     Peer("hand-chunked torch", "torch", chunked_torch),
+    Peer("hand-chunked torch, compiled", "torch", compiled_torch),
 ]

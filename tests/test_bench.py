@@ -68,11 +68,12 @@ def test_gate_accepts_the_reference_and_rejects_a_wrong_operator():
         cases.gate(lambda x: {"o": torch.full_like(exact(x)["o"], torch.nan)}, case)
 
 
+@pytest.mark.parametrize("op", cases.OPERATORS)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_hand_chunked_torch_passes_the_gate(dtype):
+def test_hand_chunked_torch_passes_the_gate(dtype, op):
     peer = next(p for p in PEERS if p.name == "hand-chunked torch")
     for mode in ("fwd", "fwd+bwd", "decode"):
-        case = Case(mode, dtype, 2, 1 if mode == "decode" else 130, 2, 32)
+        case = Case(mode, dtype, 2, 1 if mode == "decode" else 130, 2, 32, op=op)
         found = cases.gate(lambda x: peer.prepare(x)(), case, cpu.required(case))
         assert set(cpu.required(case)) <= set(found)
 

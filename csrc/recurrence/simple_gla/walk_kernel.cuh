@@ -117,6 +117,27 @@ __device__ __forceinline__ float sum_over_rows(float x) {
 }
 __device__ __forceinline__ float sum_over_quad(float x) { return warp_sum<4>(x); }
 
+/// A cumulative log decay and what its sum is rounded by: next to a reset, the difference of two sums is far smaller
+/// than they are, and float outputs would show it.
+struct LogDecay {
+  float sum, rest;
+  __device__ __forceinline__ float since(const LogDecay& other) const {
+    return (sum - other.sum) + (rest - other.rest);
+  }
+};
+__device__ __forceinline__ LogDecay inclusive_log_decay(float x) {
+  LogDecay g{x, 0.f};
+#pragma unroll
+  for (int delta = 1; delta < 32; delta *= 2) {
+    const float other = __shfl_up_sync(kFullWarp, g.sum, delta), other_rest = __shfl_up_sync(kFullWarp, g.rest, delta);
+    const bool has_other = threadIdx.x % 32 >= delta;
+    const float total = g.sum + other, part = total - g.sum;
+    g.rest += has_other ? other_rest + ((g.sum - (total - part)) + (other - part)) : 0.f;
+    g.sum = has_other ? total : g.sum;
+  }
+  return g;
+}
+
 /// Sum over this lane and those above it, within groups of kLanes.
 template <int kLanes>
 __device__ __forceinline__ float suffix_sum(float x) {
@@ -161,12 +182,13 @@ __global__ void __launch_bounds__(kWalkThreads, 1) simple_gla_walk_kernel(const 
   const int warp_idx = threadIdx.x / 32, lane_idx = threadIdx.x % 32;
   const int lane_row = lane_idx / 4, lane_col = lane_idx % 4 * 2;
   float* floats = reinterpret_cast<float*>(smem_after + NUM_CAUSAL * Block::SIZE);
-  float* in_coef = floats + warp_idx * 3 * BLOCK_T;  // e^{G_i}
+  float* in_coef = floats + warp_idx * 4 * BLOCK_T;  // e^{G_i}
   float* out_coef = in_coef + BLOCK_T;               // e^{G_C - G_i}
-  float* cumsum = out_coef + BLOCK_T;
+  float* cumsum = out_coef + BLOCK_T;                // G_i, in units of log 2
+  float* rests = cumsum + BLOCK_T;                   // of float: what G_i is rounded by
   float* const read_coef = kReverse ? out_coef : in_coef;
   float* const write_coef = kReverse ? in_coef : out_coef;
-  float* smem_products = floats + 4 * 3 * BLOCK_T;   // [4]; of a summary, the decay of the span so far
+  float* smem_products = floats + 4 * 4 * BLOCK_T;   // [4]; of a summary, the decay of the span so far
   float* smem_dots = smem_products + 4;              // [4][BLOCK_T]
   float* smem_rect = smem_dots + 4 * BLOCK_T;        // [BLOCK_T] rectangles of the diagonal blocks
   float* smem_rows = smem_rect + BLOCK_T;            // [NUM_CAUSAL][16] sums of M over a block's columns
@@ -261,20 +283,31 @@ __global__ void __launch_bounds__(kWalkThreads, 1) simple_gla_walk_kernel(const 
     const uint32_t tile_x = tile_r + kTileSize, tile_y = tile_x + kTileXSize;
 
     // Gates of this chunk; each warp has its own copy
-    float g_sum[kPerLane], g_before = 0.f;
+    float decay;
+    if constexpr (BLOCK_T == 32) {
+      const LogDecay g = inclusive_log_decay(next_g[0] * kLog2e);
+      const LogDecay all{__shfl_sync(kFullWarp, g.sum, 31), __shfl_sync(kFullWarp, g.rest, 31)};
+      decay = exp2_approx(all.sum);
+      __syncwarp();
+      cumsum[lane_idx] = g.sum, rests[lane_idx] = g.rest;
+      in_coef[lane_idx] = params.scale * exp2_approx(g.sum);
+      out_coef[lane_idx] = exp2_approx(all.since(g));
+    } else {
+      float g_sum[kPerLane], g_before = 0.f;
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      g_sum[i] = g_before + warp_inclusive_sum(next_g[i] * kLog2e);
-      g_before = __shfl_sync(kFullWarp, g_sum[i], 31);
-    }
-    const float decay = exp2_approx(g_before);
-    __syncwarp();
+      for (int i = 0; i < kPerLane; ++i) {
+        g_sum[i] = g_before + warp_inclusive_sum(next_g[i] * kLog2e);
+        g_before = __shfl_sync(kFullWarp, g_sum[i], 31);
+      }
+      decay = exp2_approx(g_before);
+      __syncwarp();
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      const int token = lane_idx + i * 32;
-      cumsum[token] = g_sum[i];
-      in_coef[token] = params.scale * exp2_approx(g_sum[i]);
-      out_coef[token] = exp2_approx(g_before - g_sum[i]);
+      for (int i = 0; i < kPerLane; ++i) {
+        const int token = lane_idx + i * 32;
+        cumsum[token] = g_sum[i];
+        in_coef[token] = params.scale * exp2_approx(g_sum[i]);
+        out_coef[token] = exp2_approx(g_before - g_sum[i]);
+      }
     }
     if (is_summary && threadIdx.x == 0) smem_products[0] = step == 0 ? decay : smem_products[0] * decay;
     cp_async_wait<0>();
@@ -333,7 +366,9 @@ __global__ void __launch_bounds__(kWalkThreads, 1) simple_gla_walk_kernel(const 
 #pragma unroll
           for (int r = 0; r < 4; ++r) {
             const int row = i * 16 + lane_row + r / 2 * 8, col = j * 16 + half * 8 + lane_col + r % 2;
-            const float weight = params.scale * exp2_approx(cumsum[row] - cumsum[col]);
+            float log_decay = cumsum[row] - cumsum[col];
+            if constexpr (BLOCK_T == 32) log_decay += rests[row] - rests[col];
+            const float weight = params.scale * exp2_approx(log_decay);
             p[half].r[r] = row >= col ? p[half].r[r] * weight : 0.f;
           }
         }

@@ -334,7 +334,7 @@ def instance(HV=4, T=50, K=32, V=24):
 def same(have, want, inputs):
     d = torch.randn_like(have)
     torch.testing.assert_close(have, want.to(have.dtype), rtol=2e-5, atol=2e-5)
-    grads = (torch.autograd.grad(x, inputs, d.to(x.dtype)) for x in (have, want))
+    grads = (torch.autograd.grad(x, inputs, d.to(x.dtype), retain_graph=True) for x in (have, want))
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
 

@@ -576,12 +576,18 @@ __global__ void __launch_bounds__(kWalkThreads, 1) simple_gla_walk_kernel(const 
       }
     }
 
-    // The state leaving the chunk
+    // The state leaving the chunk. In reverse all coefficients may be too small for half: a power of two lifts them.
+    constexpr bool kIsLifted = kReverse && std::is_same_v<T, __half>;
+    const int lift = kIsLifted ? static_cast<int>(fminf(-cumsum[0], 60.f)) : 0;
+    const float raise = __int_as_float((127 + lift) << 23), lower = __int_as_float((127 - lift) << 23);
+    const auto scale_state = [&](float factor) {
 #pragma unroll
-    for (int i = 0; i < DIM / 8; ++i) {
+      for (int i = 0; i < DIM / 8; ++i) {
 #pragma unroll
-      for (int r = 0; r < 4; ++r) z[i].r[r] *= decay;
-    }
+        for (int r = 0; r < 4; ++r) z[i].r[r] *= factor;
+      }
+    };
+    scale_state(kIsLifted ? decay * raise : decay);
 #pragma unroll
     for (int n = 0; n < NUM_BLOCKS; ++n) {
       FragA<T> x = TileX::load_a_trans(tile_x, n * 16, warp_x);
@@ -589,7 +595,9 @@ __global__ void __launch_bounds__(kWalkThreads, 1) simple_gla_walk_kernel(const 
       for (int pair = 0; pair < 4; ++pair) {
         const int token = n * 16 + lane_col + pair / 2 * 8;
         const float2 value = pair_of(x, pair);
-        set_pair(x, pair, {value.x * write_coef[token], value.y * write_coef[token + 1]});
+        float2 coef{write_coef[token], write_coef[token + 1]};
+        if constexpr (kIsLifted) coef = {coef.x * raise, coef.y * raise};
+        set_pair(x, pair, {value.x * coef.x, value.y * coef.y});
       }
 #pragma unroll
       for (int d = 0; d < DIM / 16; ++d) {
@@ -599,6 +607,7 @@ __global__ void __launch_bounds__(kWalkThreads, 1) simple_gla_walk_kernel(const 
         mma(z[2 * d + 1], x, b[1]);
       }
     }
+    if constexpr (kIsLifted) scale_state(lower);
     if (params.num_stages == 1 && step + 1 < num_chunks) {
       __syncthreads();
       copy_chunk(step + 1, 0);

@@ -1,4 +1,4 @@
-"""python -m bench {cpu,bags,mom,counters,resources,model}: see bench/README.md."""
+"""python -m bench {cpu,pkm,bags,mom,counters,resources,model}: see bench/README.md."""
 
 import importlib
 import sys
@@ -9,6 +9,7 @@ COMMANDS = {
     "bags": "CPU times of weighted bags beside peers (measured); in the simulator: their counters",
     "counters": "work counters of CUDA kernels in the simulator, beside flash-linear-attention's (simulated)",
     "resources": "registers, spills and shared memory of every CUDA kernel",
+    "pkm": "CPU times of product-key selection beside peers (measured)",
     "model": "modelled times of CUDA kernels, beside flash-linear-attention's (modelled)",
 }
 

@@ -92,4 +92,17 @@ STABLE_TORCH_LIBRARY(remora, m) {
       "peer_bag_bwd_(Tensor indices, Tensor table, Tensor x, Tensor? weights, Tensor d_out, Tensor order, "
       "Tensor rows, Tensor starts, Tensor num_rows, Tensor(a!) buffer, int groups, int layer_rows, int offset, "
       "int act) -> (Tensor d_x, Tensor d_weights)");
+  m.def(
+      "pk_topk_fwd(Tensor query, Tensor keys, int topk, int candidates, int score, float tau, float eps) "
+      "-> (Tensor scores, Tensor slots)");
+  m.def("pk_select_fwd(Tensor sub_scores, int topk, int candidates) -> (Tensor scores, Tensor slots)");
+  m.def("pk_select_bwd(Tensor slots, Tensor d_scores, int num_keys) -> Tensor");
+  m.def(
+      "pk_axis_topk(Tensor query, Tensor keys, int candidates, int lowest, int score, float tau, float eps) "
+      "-> (Tensor scores, Tensor indices)");
+  m.def("sub_key_scores_fwd(Tensor query, Tensor keys, Tensor index) -> Tensor");
+  m.def(
+      "sub_key_scores_bwd(Tensor query, Tensor keys, Tensor index, Tensor d_scores, int score, float tau, float eps) "
+      "-> (Tensor d_query, Tensor d_keys)");
+  m.def("tucker_select(Tensor sub_scores, Tensor core, int topk, int positive) -> Tensor");
 }

@@ -294,6 +294,78 @@ REMORA_INLINE T sum(Vec<T> v) {
   return v[0];
 }
 
+/// Bit i is set where lane i of a comparison holds.
+template <class M>
+REMORA_INLINE uint32_t mask_bits(M mask) {
+  constexpr int w = sizeof(M) / sizeof(mask[0]);
+#if defined(__AVX__) && !defined(__AVX512F__)
+  if constexpr (w == 8) return static_cast<uint32_t>(_mm256_movemask_ps(reinterpret_cast<__m256>(mask)));
+  if constexpr (w == 4) return static_cast<uint32_t>(_mm256_movemask_pd(reinterpret_cast<__m256d>(mask)));
+#endif
+  uint32_t bits = 0;
+  for (int i = 0; i < w; ++i) bits |= static_cast<uint32_t>(mask[i] != 0) << i;
+  return bits;
+}
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+/// Entry m names the set bits of m, lowest first, one per byte.
+constexpr auto kSetBits = [] {
+  struct {
+    uint64_t of[256];
+  } table{};
+  for (int m = 0; m < 256; ++m) {
+    for (int bit = 0, at = 0; bit < 8; ++bit) {
+      if (m >> bit & 1) table.of[m] |= static_cast<uint64_t>(bit) << 8 * at++;
+    }
+  }
+  return table;
+}();
+#endif
+
+/// Appends the lanes of v whose bit is set to `to`, and `first` plus their numbers to `index`; returns how many. Both
+/// must have room for a whole vector.
+template <class V, class T>
+REMORA_INLINE int64_t compress(T* to, int32_t* index, V v, int32_t first, uint32_t bits) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    const __m256i lanes = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(kSetBits.of[bits])));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                        _mm256_permutevar8x32_epi32(reinterpret_cast<__m256i>(v), lanes));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(index), _mm256_add_epi32(lanes, _mm256_set1_epi32(first)));
+    return __builtin_popcount(bits);
+  }
+#endif
+  int64_t count = 0;
+  for (; bits != 0; bits &= bits - 1, ++count) {
+    const int lane = __builtin_ctz(bits);
+    to[count] = v[lane], index[count] = first + lane;
+  }
+  return count;
+}
+
+/// Natural logarithm of a positive number that is not subnormal; infinity and NaN stay what they are.
+REMORA_INLINE Vec<float> log_positive(Vec<float> x) {
+  // x = m 2^e with m in [sqrt(1/2), sqrt(2)); log m by its odd series in (m - 1) / (m + 1)
+  const Vec<int32_t> bits = reinterpret_cast<Vec<int32_t>>(x);
+  const Vec<int32_t> e = (bits - 0x3f3504f3) >> 23;
+  const Vec<float> m = reinterpret_cast<Vec<float>>(bits - (e << 23));
+  const Vec<float> f = m - 1.0f, s = f / (m + 1.0f), z = s * s;
+  Vec<float> p = broadcast(2.0f / 11);
+  p = p * z + 2.0f / 9;
+  p = p * z + 2.0f / 7;
+  p = p * z + 2.0f / 5;
+  p = p * z + 2.0f / 3;
+  // log m = f - s (f - z p), whose largest term is exact
+  const Vec<float> exponent = __builtin_convertvector(e, Vec<float>);
+  const Vec<float> y = (f - s * (f - z * p)) + exponent * -2.12194440e-4f + exponent * 0.693359375f;
+  return (x < __builtin_inff()) ? y : x;
+}
+
+REMORA_INLINE Vec<double> log_positive(Vec<double> x) {
+  for (int i = 0; i < kWidth<double>; ++i) x[i] = std::log(x[i]);
+  return x;
+}
+
 /// Asks for a row that is read some microseconds later. Into L2: rows of a token tensor lie a power of two apart and
 /// would evict each other from L1.
 template <class E>

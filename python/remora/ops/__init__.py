@@ -2,13 +2,19 @@
 
 from remora.ops.pkm import (
     SlotPlan,
+    TuckerPair,
     memory_bag,
     peer_bag,
+    pk_select,
+    pk_topk,
     row_norm,
     rowwise_adagrad_,
     rowwise_adam_,
     slot_plan,
     sparse_adamw_,
+    tucker_core_penalty,
+    tucker_pair,
+    tucker_topk,
 )
 from remora.ops.recurrence import (
     causal_conv1d,
@@ -41,6 +47,7 @@ __all__ = [
     "MomRoute",
     "RoutePlan",
     "SlotPlan",
+    "TuckerPair",
     "causal_conv1d",
     "causal_conv1d_step",
     "chunk_delta_rule",
@@ -61,6 +68,8 @@ __all__ = [
     "mom_simple_gla",
     "mom_simple_gla_step",
     "peer_bag",
+    "pk_select",
+    "pk_topk",
     "route_plan",
     "row_norm",
     "rowwise_adagrad_",
@@ -68,4 +77,7 @@ __all__ = [
     "simple_gla_step",
     "slot_plan",
     "sparse_adamw_",
+    "tucker_core_penalty",
+    "tucker_pair",
+    "tucker_topk",
 ]

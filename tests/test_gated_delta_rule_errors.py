@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from gated_delta_rule_cases import SIM, Case, make_inputs
+from gated_delta_rule_cases import Case, make_inputs
 
 from remora import ops
 
@@ -212,11 +212,6 @@ def test_a_gradient_needs_the_saved_states():
         )
 
 
-DECREASING_ON_CUDA = pytest.mark.xfail(
-    SIM, reason="CUDA: o of tokens outside decreasing offsets is unwritten", strict=True
-)
-
-
 @pytest.mark.parametrize(
     ("offsets", "spans"),
     [
@@ -226,7 +221,8 @@ DECREASING_ON_CUDA = pytest.mark.xfail(
             id="out of range",
         ),
         pytest.param([3, 10, 10, 30], [(3, 10), (10, 10), (10, 30)], id="tokens outside"),
-        pytest.param([20, 40, 0], [(20, 40), (40, 40)], id="decreasing", marks=DECREASING_ON_CUDA),
+        pytest.param([20, 40, 0], [(20, 40), (40, 40)], id="decreasing"),
+        pytest.param([5, 30, 10, 20, 35], [(5, 30), (30, 30), (30, 30), (30, 35)], id="overlapping"),
     ],
 )
 def test_offsets_are_clamped_below_the_python_layer(kernels, offsets, spans):

@@ -102,6 +102,25 @@ def test_a_sequence_alone_in_a_batch_and_packed(function, dtype):
         begin += length
 
 
+@dtypes
+def test_a_long_sequence_alone_in_a_batch_and_packed(dtype):
+    """Few heads: on a GPU it is cut into spans, wherever it stands."""
+    lengths = 40, 2100, 100
+    inputs = make_inputs(varlen(*lengths, dtype=dtype, HV=1, K=16, V=16, state=1.0), requires_grad=False)
+    packed, final = inputs.call(ops.chunk_gated_delta_rule)
+    rows = slice(lengths[0], lengths[0] + lengths[1])
+    alone = tokens(inputs, rows)
+    alone.options = {**inputs.options, "cu_seqlens": None}
+    alone.tensors["initial_state"] = inputs.tensors["initial_state"][1:2]
+    single, single_final = alone.call(ops.chunk_gated_delta_rule)
+    assert torch.equal(single, packed[:, rows])
+    assert torch.equal(single_final[0], final[1])
+    twice = replace(alone, tensors={name: torch.cat([x.flip(1), x]) for name, x in alone.tensors.items()})
+    batch, batch_final = twice.call(ops.chunk_gated_delta_rule)
+    assert torch.equal(batch[1], single[0])
+    assert torch.equal(batch_final[1], single_final[0])
+
+
 @functions
 @dtypes
 def test_more_heads_do_not_change_a_head(function, dtype):

@@ -39,12 +39,16 @@ class Routed:
         rows[self.rows.long()] = x[0]
         return rows.view(*self.d_o.shape[:2], *x.shape[2:])
 
-    def run(self, tensors, d_o, rows, cu_seqlens=None):
-        cu_seqlens = self.cu_seqlens if cu_seqlens is None else cu_seqlens
-        options = (SCALE, L2NORM)
-        o, final, saved = OP.gated_delta_rule_fwd(*tensors, self.h0, cu_seqlens, rows, *options, True, V_FIRST, True)
-        grads = OP.gated_delta_rule_bwd(*tensors, self.h0, cu_seqlens, rows, saved, d_o, self.dh, *options, V_FIRST)
-        return [o, *grads[:5]], [final, grads[5]]
+    def forward(self, tensors, rows, cu_seqlens=None):
+        """o, final states, saved states."""
+        offsets = self.cu_seqlens if cu_seqlens is None else cu_seqlens
+        return OP.gated_delta_rule_fwd(*tensors, self.h0, offsets, rows, SCALE, L2NORM, True, V_FIRST, True)
+
+    def backward(self, tensors, saved, d_o, rows, cu_seqlens=None):
+        """dq, dk, dv, dg, dbeta, dinitial_state."""
+        offsets = self.cu_seqlens if cu_seqlens is None else cu_seqlens
+        states = self.h0, offsets, rows, saved, d_o, self.dh
+        return OP.gated_delta_rule_bwd(*tensors, *states, SCALE, L2NORM, V_FIRST)
 
 
 CASES = {
@@ -53,40 +57,72 @@ CASES = {
     "one choice, groups": {"B": 1, "T": 77, "H": 2, "HV": 4, "K": 64, "V": 40, "offsets": (0, 16, 17, 77)},
     "collapsed": {"B": 2, "T": 90, "H": 1, "HV": 1, "K": 64, "V": 64, "offsets": (0, 0, 180, 180)},
 }
+LONG = {"B": 2, "T": 1110, "H": 1, "HV": 1, "K": 16, "V": 16, "offsets": (20, 60, 2210)}  # on the GPU, in three spans
 cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
 
-@pytest.mark.cpu_only
+shared = pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
+
+
 @dtypes
-@pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
-@cases
-def test_rows(case, dtype, shared):
+@shared
+@pytest.mark.parametrize("case", [*CASES.values(), LONG], ids=[*CASES, "long"])
+def test_forward(case, dtype, shared):
     routed = Routed(dtype, shared=shared, **case)
-    have, have_states = routed.run(routed.tensors, routed.d_o, routed.rows)
-    want, want_states = routed.run([routed.gathered(x) for x in routed.tensors], routed.gathered(routed.d_o), None)
-    for name, a, b in zip(("o", "dq", "dk", "dv", "dg", "dbeta"), have, want, strict=True):
-        assert torch.equal(a, routed.scattered(b)), name
-    for name, a, b in zip(("final_state", "dinitial_state"), have_states, want_states, strict=True):
-        assert torch.equal(a, b), name
+    o, final, _ = routed.forward(routed.tensors, routed.rows)
+    want, want_final, _ = routed.forward([routed.gathered(x) for x in routed.tensors], None)
+    assert torch.equal(o, routed.scattered(want))
+    assert torch.equal(final, want_final)
 
 
 @pytest.mark.cpu_only
 @dtypes
+@shared
 @cases
-def test_no_row_or_offset_reaches_outside(case, dtype):
-    """Wild rows mean the first or the last one, wild offsets the ends."""
-    routed = Routed(dtype, shared=False, **case)
+def test_backward(case, dtype, shared):
+    routed = Routed(dtype, shared=shared, **case)
+    saved = routed.forward(routed.tensors, routed.rows)[2]
+    have = routed.backward(routed.tensors, saved, routed.d_o, routed.rows)
+    gathered = [routed.gathered(x) for x in routed.tensors]
+    want = routed.backward(gathered, routed.forward(gathered, None)[2], routed.gathered(routed.d_o), None)
+    for name, a, b in zip(("dq", "dk", "dv", "dg", "dbeta"), have, want, strict=False):
+        assert torch.equal(a, routed.scattered(b)), name
+    assert torch.equal(have[5], want[5])
+
+
+def wild(routed):
+    """Rows far outside mean the first or the last one, offsets far outside the ends; and what they are clamped to."""
     total = routed.rows.numel()
     rows, offsets = routed.rows.clone(), routed.cu_seqlens.clone()
     rows[rows == 0], rows[rows == total - 1] = -(2**31), 2**31 - 1
     offsets[0], offsets[-1] = -(2**31), 2**31 - 1
-    have = routed.run(routed.tensors, routed.d_o, rows, offsets)
-    want = routed.run(routed.tensors, routed.d_o, routed.rows, offsets.clamp(0, total))
-    for a, b in zip([*have[0], *have[1]], [*want[0], *want[1]], strict=True):
+    return rows, offsets, offsets.clamp(0, total)
+
+
+@dtypes
+@cases
+def test_no_row_or_offset_reaches_outside(case, dtype):
+    routed = Routed(dtype, shared=False, **case)
+    rows, offsets, clamped = wild(routed)
+    have = routed.forward(routed.tensors, rows, offsets)
+    want = routed.forward(routed.tensors, routed.rows, clamped)
+    for a, b in zip(have[:2], want[:2], strict=True):
         assert torch.equal(a, b)
 
 
 @pytest.mark.cpu_only
+@dtypes
+@cases
+def test_no_row_or_offset_reaches_outside_backward(case, dtype):
+    routed = Routed(dtype, shared=False, **case)
+    rows, offsets, clamped = wild(routed)
+    saved = routed.forward(routed.tensors, routed.rows, clamped)[2]
+    have = routed.backward(routed.tensors, saved, routed.d_o, rows, offsets)
+    want = routed.backward(routed.tensors, saved, routed.d_o, routed.rows, clamped)
+    for a, b in zip(have, want, strict=True):
+        assert torch.equal(a, b)
+
+
 @dtypes
 @pytest.mark.parametrize("pool", [False, True], ids=["every row", "pool"])
 def test_step_with_memories(dtype, pool):
@@ -117,12 +153,8 @@ def test_step_with_memories(dtype, pool):
 
 
 @pytest.mark.sim_only
-def test_cuda_refuses_rows_and_memories():
-    x = token_inputs(torch.float32, 2, 4, 1, 1, 64, 64)
-    rows, offsets = torch.arange(8, dtype=torch.int32), torch.tensor([0, 8], dtype=torch.int32)
+def test_cuda_refuses_the_gradient_of_rows():
+    routed = Routed(torch.float32, shared=False, **CASES["collapsed"])
+    saved = routed.forward(routed.tensors, routed.rows)[2]
     with pytest.raises(RuntimeError, match="does not take rows"):
-        OP.gated_delta_rule_fwd(*x, None, offsets, rows, SCALE, L2NORM, False, V_FIRST, False)
-    state = torch.zeros(8, 1, 64, 64)
-    memories = torch.zeros(2, 4, dtype=torch.int32)
-    with pytest.raises(RuntimeError, match="does not take memories"):
-        OP.gated_delta_rule_step_(*x, state, None, memories, 2, None, None, SCALE, L2NORM, False, False, V_FIRST)
+        routed.backward(routed.tensors, saved, routed.d_o, routed.rows)

@@ -1,7 +1,5 @@
 """How a CUDA launch is laid out: a pure function of the shape and the device, tested without either."""
 
-import itertools
-
 import pytest
 
 from remora import _C
@@ -46,29 +44,39 @@ def test_values_are_split_over_thread_blocks(value_dim, tiles):
     assert chosen["num_output_ctas"] == 8 * tiles
 
 
-def test_short_or_plentiful_sequences_stay_whole():
-    assert plan(seqlen=64)["num_spans"] == 1
-    assert plan(seqlen=1024)["num_spans"] == 1
-    many = plan(batch=64, num_seqs=64, seqlen=8192)
-    assert many["num_spans"] == 1
-    assert many["num_summary_ctas"] == 0
+def test_nothing_is_cut_where_heads_fill_the_device():
+    for heads, num_sms in ((32, 132), (64, 132), (8, 16), (1, 1)):
+        whole = plan(seqlen=2**20, num_heads=heads, num_value_heads=heads, num_sms=num_sms)
+        assert whole["span_tokens"] > 2**20
+        assert whole["num_map_slots"] == whole["num_summary_ctas"] == 0
+        assert whole["num_output_ctas"] == heads * whole["num_v_tiles"]
 
 
 def test_a_long_sequence_with_few_heads_is_cut():
-    few = plan(seqlen=32768, num_heads=1, num_value_heads=1)
-    assert few["num_spans"] > 1
-    assert few["num_output_ctas"] == few["num_spans"] * few["num_v_tiles"]
+    few = plan(seqlen=32768)
+    assert few["span_tokens"] < 32768
+    assert few["span_tokens"] % 128 == 0
+    assert few["num_map_slots"] == 32768 // few["span_tokens"] - 1
+    assert few["num_output_ctas"] == (1 + few["num_map_slots"]) * 8 * few["num_v_tiles"]
     assert few["num_summary_ctas"] > 0
-    assert plan(seqlen=32768, num_heads=1, num_value_heads=1, num_sms=1)["num_spans"] == 1
+    short = plan(seqlen=few["span_tokens"])
+    assert short["num_map_slots"] == short["num_summary_ctas"] == 0
 
 
-def test_more_work_never_means_more_spans():
-    for seqlen, value_dim in itertools.product((2048, 8192, 32768), (64, 128)):
+@pytest.mark.parametrize(
+    "beside", [{"batch": 64, "num_seqs": 64}, {"num_seqs": 7}, {"seqlen": 100}, {"seqlen": 2**30}, {"num_heads": 1}]
+)
+def test_spans_do_not_depend_on_what_else_is_in_the_call(beside):
+    assert plan(**beside)["span_tokens"] == plan()["span_tokens"]
+
+
+def test_more_heads_never_mean_shorter_spans():
+    for value_dim in (64, 128):
         spans = [
-            plan(seqlen=seqlen, value_dim=value_dim, num_heads=heads, num_value_heads=heads)["num_spans"]
+            plan(value_dim=value_dim, num_heads=heads, num_value_heads=heads)["span_tokens"]
             for heads in (1, 2, 4, 8, 16, 32, 64, 128, 256)
         ]
-        assert spans == sorted(spans, reverse=True)
+        assert spans == sorted(spans)
 
 
 def test_equal_arguments_give_equal_plans():
@@ -81,7 +89,8 @@ def test_a_plan_prints_itself():
     for name in (
         "head_dim",
         "num_stages",
-        "num_spans",
+        "span_tokens",
+        "num_map_slots",
         "num_v_tiles",
         "num_summary_ctas",
         "num_output_ctas",
@@ -95,7 +104,8 @@ def test_a_plan_prints_itself():
 )
 def test_extreme_shapes_have_a_plan(changes):
     chosen = plan(**changes)
-    assert chosen["num_spans"] >= 1
+    assert chosen["span_tokens"] >= 128
+    assert chosen["num_map_slots"] >= 0
     assert chosen["num_output_ctas"] >= 0
 
 

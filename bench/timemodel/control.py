@@ -971,6 +971,9 @@ def run_warp(
                 regions.pop()
                 s.lanes, pc = waiting, where
         elif base == "EXIT":
+            words = split_operands(i.args)
+            if words and predicate(words[0]):
+                guard = land(guard, truth(words[0])(s))
             go = resolve(guard, i, decisions, t, s)
             s.lanes = s.lanes & ~go
             if not s.lanes.any():

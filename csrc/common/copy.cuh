@@ -78,4 +78,27 @@ __device__ __forceinline__ void copy_tile_async(uint32_t dst, const T* src, int6
   }
 }
 
+/// As copy_tile_async, for rows that lie anywhere: row i begins at src + offset_of(i). All lanes of a warp ask for rows
+/// of one aligned group of 8 at a time.
+template <typename T, int ROWS, int COLS, int kNumThreads, typename RowOffset>
+__device__ __forceinline__ void gather_tile_async(uint32_t dst, const T* src, const RowOffset& offset_of, int num_rows,
+                                                  int num_cols, bool is_aligned, int thread_idx) {
+  using Tile = SmemTile<T, COLS>;
+  constexpr int kElements = 16 / sizeof(T);
+  constexpr int kUnits = COLS / kElements, kRowStep = kNumThreads / kUnits;
+  static_assert(kNumThreads % kUnits == 0 && 8 % kRowStep == 0 && ROWS % kRowStep == 0);
+  const int col = thread_idx % kUnits * kElements;
+#pragma unroll 4
+  for (int i = 0; i < ROWS / kRowStep; ++i) {
+    const int row = thread_idx / kUnits + i * kRowStep;
+    const T* unit = src + offset_of(row) + col;
+    const bool valid = row < num_rows && col < num_cols;
+    if (is_aligned) {
+      cp_async_16(dst + Tile::offset(row, col), valid ? unit : src, valid);
+    } else {
+      store_shared(dst + Tile::offset(row, col), load_unaligned_16(unit, valid ? num_cols - col : 0));
+    }
+  }
+}
+
 }  // namespace remora

@@ -78,7 +78,8 @@ py::dict gated_delta_rule_fwd_plan(int64_t batch, int64_t seqlen, int64_t num_he
   py::dict plan;
   plan["head_dim"] = config.head_dim;
   plan["num_stages"] = config.num_stages;
-  plan["num_spans"] = config.num_spans;
+  plan["span_tokens"] = config.span_tokens;
+  plan["num_map_slots"] = config.num_map_slots;
   plan["num_v_tiles"] = config.num_v_tiles;
   plan["num_summary_ctas"] = config.num_summary_ctas;
   plan["num_output_ctas"] = config.num_output_ctas;

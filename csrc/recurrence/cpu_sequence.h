@@ -11,20 +11,15 @@
 
 namespace remora {
 
-/// Where a token lies in the batch tensors.
-struct TokenRow {
-  int64_t row;  // of a [B * T, ...] view
-  int64_t batch, token;
-
-  constexpr int64_t offset(const TokenStrides& stride) const { return batch * stride.batch + token * stride.token; }
-};
-
-constexpr TokenRow routed_row(const RecurrenceShape& shape, int64_t given) {
-  const int64_t last = shape.batch * shape.seqlen - 1;
-  const int64_t row = given < 0 ? 0 : given > last ? last : given;
-  // rows counts fewer than 2^31 tokens, and a division of 32 bits is the fast one.
-  const uint32_t batch = static_cast<uint32_t>(row) / static_cast<uint32_t>(shape.seqlen);
-  return {row, batch, row - batch * shape.seqlen};
+/// The params of a call with its offsets raised to the largest before them, as shape.h says; they stay in `storage`.
+template <class Params>
+Params with_rising_offsets(Params params, const RecurrenceShape& shape, std::vector<int32_t>& storage) {
+  if (!params.cu_seqlens) return params;
+  storage.assign(params.cu_seqlens, params.cu_seqlens + shape.num_seqs + 1);
+  std::inclusive_scan(storage.begin(), storage.end(), storage.begin(),
+                      [](int32_t a, int32_t b) { return std::max(a, b); });
+  params.cu_seqlens = storage.data();
+  return params;
 }
 
 struct RecurrenceSequence {
@@ -42,12 +37,6 @@ struct RecurrenceSequence {
   /// First slot of saved_states.
   constexpr int64_t first_slot() const { return first_state_slot(begin, index); }
 };
-
-/// The token at a packed position of the call.
-constexpr TokenRow row_at(const RecurrenceShape& shape, const int32_t* rows, int64_t position) {
-  if (rows) return routed_row(shape, rows[position]);
-  return {position, position / shape.seqlen, position % shape.seqlen};
-}
 
 /// The rows of one chunk of at most kTokens tokens. Behind its last token stand copies of it: every entry can be read.
 template <int kTokens>
@@ -92,17 +81,6 @@ inline void zero_uncovered(void* data, int64_t row_bytes, const RecurrenceShape&
     covered = std::max(covered, sequence.begin + sequence.length);
   }
   zero(covered, positions);
-}
-
-/// State that sequence `seq_idx` of a step works on, or -1 if its indices lie outside the pool.
-inline int64_t step_slot(const RecurrenceShape& shape, const int32_t* state_indices, const int32_t* memories,
-                         int64_t num_memories, int64_t num_slots, int64_t seq_idx) {
-  const int64_t token = memories ? seq_idx % shape.seqlen : seq_idx;
-  const int64_t pool = state_indices ? state_indices[token] : token;
-  const int64_t memory = memories ? memories[seq_idx] : 0;
-  const int64_t per_pool = memories ? num_memories : 1;
-  const bool is_valid = pool >= 0 && pool < num_slots / per_pool && memory >= 0 && memory < per_pool;
-  return is_valid ? pool * per_pool + memory : -1;
 }
 
 /// Below this many multiply-adds a second thread costs more than it saves.

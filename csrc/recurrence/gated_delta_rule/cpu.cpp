@@ -62,7 +62,9 @@ bool run_bwd_cuts(const GatedDeltaRuleBwdParams& params, const Launch& launch, c
 
 int64_t gated_delta_rule_fwd_workspace(const GatedDeltaRuleFwdParams&, const Launch&) { return 0; }
 
-Error gated_delta_rule_fwd(const GatedDeltaRuleFwdParams& params, const Launch& launch) {
+Error gated_delta_rule_fwd(const GatedDeltaRuleFwdParams& given, const Launch& launch) {
+  std::vector<int32_t> offsets;
+  const GatedDeltaRuleFwdParams params = with_rising_offsets(given, given.shape, offsets);
   const RecurrenceShape& shape = params.shape;
   const GatedDeltaRuleCpuKernels& kernels = gated_delta_rule_kernels(params.dtype);
   zero_uncovered(params.o, shape.num_value_heads * shape.value_dim * size_of(params.dtype), shape, params.cu_seqlens,
@@ -80,11 +82,15 @@ Error gated_delta_rule_fwd(const GatedDeltaRuleFwdParams& params, const Launch& 
   return ok ? nullptr : kNoMemory;
 }
 
-int64_t gated_delta_rule_bwd_workspace(const GatedDeltaRuleBwdParams& params, const Launch&) {
+int64_t gated_delta_rule_bwd_workspace(const GatedDeltaRuleBwdParams& given, const Launch&) {
+  std::vector<int32_t> offsets;
+  const GatedDeltaRuleBwdParams params = with_rising_offsets(given, given.shape, offsets);
   return bwd_tasks(params).cuts() * bytes_per_cut(params);
 }
 
-Error gated_delta_rule_bwd(const GatedDeltaRuleBwdParams& params, const Launch& launch) {
+Error gated_delta_rule_bwd(const GatedDeltaRuleBwdParams& given, const Launch& launch) {
+  std::vector<int32_t> offsets;
+  const GatedDeltaRuleBwdParams params = with_rising_offsets(given, given.shape, offsets);
   const RecurrenceShape& shape = params.shape;
   const GatedDeltaRuleCpuKernels& kernels = gated_delta_rule_kernels(params.dtype);
   const int64_t key_bytes = shape.num_heads * shape.head_dim * size_of(params.dtype);
@@ -109,7 +115,9 @@ Error gated_delta_rule_bwd(const GatedDeltaRuleBwdParams& params, const Launch& 
   return ok ? nullptr : kNoMemory;
 }
 
-Error gated_delta_rule_step(const GatedDeltaRuleStepParams& params, const Launch& launch) {
+Error gated_delta_rule_step(const GatedDeltaRuleStepParams& given, const Launch& launch) {
+  std::vector<int32_t> offsets;
+  const GatedDeltaRuleStepParams params = with_rising_offsets(given, given.shape, offsets);
   const RecurrenceShape& shape = params.shape;
   const GatedDeltaRuleCpuKernels& kernels = gated_delta_rule_kernels(params.dtype);
   const int64_t row_bytes = shape.num_value_heads * shape.value_dim * size_of(params.dtype);

@@ -2,7 +2,7 @@
 
 namespace remora {
 
-template cudaError_t launch_fwd_pass<__nv_bfloat16, 128>(const FwdKernelParams&, const FwdConfig&, bool, bool,
-                                                         cudaStream_t);
+template cudaError_t launch_fwd_pass<__nv_bfloat16, 128, false>(const FwdKernelParams&, const FwdConfig&, bool, bool,
+                                                                cudaStream_t);
 
 }  // namespace remora

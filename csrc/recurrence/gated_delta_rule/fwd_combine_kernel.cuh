@@ -1,91 +1,132 @@
-// Between the two passes of a sequence that is cut into spans: the state that enters span p + 1 is
+// Between the two passes over sequences that are cut into spans: the state that enters span p + 1 is
 //   E_{p+1} = S_ext_p + M_p E_p, with E_1 = S_ext_0 (span 0 started from the initial state).
 // It replaces S_ext_p in the workspace. fp32, spans and products in ascending order: the result is reproducible.
 //
-// Grid: (sequence, value head, 8 columns of V), flattened on x. E_p in shared memory; a thread owns 4 columns of every
-// 128th row and reads its rows of M 16 bytes at a time.
+// Grid: (map slot, value head, 8 columns of V), flattened on x; the CTA of a sequence's first slot does them all. A
+// thread owns 4 columns of two rows. M, which waits for nobody, streams through a ring in tiles of 32 of its columns.
 #pragma once
 #include "recurrence/gated_delta_rule/fwd_kernel.cuh"
 
 namespace remora {
 
-constexpr int kCombineThreads = 256;
 constexpr int kCombineCols = 8;
+constexpr int kCombineRows = 128;
+constexpr int kCombineRowsPerThread = 2;
+constexpr int kCombineThreads = kCombineRows / kCombineRowsPerThread * kCombineCols / 4;
+constexpr int kCombineBlock = 32;                  // columns of M a tile
+constexpr int kCombineStride = kCombineBlock + 4;  // floats a row: 16-byte pieces of 8 rows meet no bank twice
+constexpr int kCombineStages = 4;
+constexpr int kCombineTile = kCombineRows * kCombineStride;
+constexpr int kCombineSmemSize = (kCombineStages * kCombineTile + kCombineRows * kCombineCols) * 4;
+
+/// Columns [col0, col0 + 32) of a matrix of head_dim x head_dim to a tile, zeros outside, in pieces of kPiece floats.
+template <int kPiece>
+__device__ __forceinline__ void copy_transition_tile(uint32_t tile, const float* src, int head_dim, int col0) {
+  constexpr int kPieces = kCombineBlock / kPiece, kRowStep = kCombineThreads / kPieces;
+  const int col = threadIdx.x % kPieces * kPiece;
+#pragma unroll 8
+  for (int row = threadIdx.x / kPieces; row < kCombineRows; row += kRowStep) {
+    const bool valid = row < head_dim && col0 + col < head_dim;
+    const float* from = valid ? src + row * head_dim + col0 + col : src;
+    const uint32_t to = tile + (row * kCombineStride + col) * 4;
+    kPiece == 4 ? cp_async_16(to, from, valid) : cp_async_4(to, from, valid);
+  }
+}
 
 __global__ void __launch_bounds__(kCombineThreads)
     gated_delta_rule_fwd_combine_kernel(const __grid_constant__ FwdKernelParams params) {
-  extern __shared__ float smem_state[];  // [K, 8]
-  constexpr int kColGroups = kCombineCols / 4;
-  constexpr int kMaxRows = 256 / (kCombineThreads / kColGroups);
+  extern __shared__ __align__(16) float smem_tiles[];
+  float* smem_state = smem_tiles + kCombineStages * kCombineTile;  // [128, 8]: E
   const RecurrenceShape& shape = params.op.shape;
-  const int head_dim = static_cast<int>(shape.head_dim);
-  const int value_dim = static_cast<int>(shape.value_dim);
+  const int head_dim = static_cast<int>(shape.head_dim), value_dim = static_cast<int>(shape.value_dim);
   const int num_col_tiles = (value_dim + kCombineCols - 1) / kCombineCols;
-  const int64_t chain = blockIdx.x / num_col_tiles;
-  const int64_t seq = chain / shape.num_value_heads;
-  const int col_in_tile = threadIdx.x % kColGroups * 4;
+  const int col_in_tile = threadIdx.x % 2 * 4;
   const int col = static_cast<int>(blockIdx.x % num_col_tiles) * kCombineCols + col_in_tile;
-  const int row0 = threadIdx.x / kColGroups;
-  const int64_t map_size = shape.head_dim * (shape.head_dim + shape.value_dim);
-  float* maps = params.span_maps + chain * (params.num_spans - 1) * map_size;
+  const int64_t index = blockIdx.x / num_col_tiles;
+  const int64_t head = index % shape.num_value_heads, slot = index / shape.num_value_heads;
+  const auto row_of = [](int i) {
+    return static_cast<int>(threadIdx.x) / 2 + i * kCombineRows / kCombineRowsPerThread;
+  };
 
-  // Spans that hold tokens
-  int64_t seq_len = shape.seqlen;
-  if (params.op.cu_seqlens != nullptr) {
-    seq_len = max(clamped_cu_seqlen(params.op, seq + 1) - clamped_cu_seqlen(params.op, seq), int64_t{0});
-  }
-  const int64_t span_share = (seq_len + params.num_spans - 1) / params.num_spans;
-  const int64_t span_len = max((span_share + kStateInterval - 1) / kStateInterval * kStateInterval, kStateInterval);
-  const int num_used = static_cast<int>((seq_len + span_len - 1) / span_len);
+  // Spans
+  const int64_t seq_idx = find_map_owner(params, slot);
+  const Sequence seq = find_sequence(shape, params.op.cu_seqlens, seq_idx);
+  if (slot != first_map_slot(seq, params.span_tokens) || seq.num_tokens <= params.span_tokens) return;
+  const int num_maps = static_cast<int>((seq.num_tokens - 1) / params.span_tokens);
 
-  for (int span = 0; span + 1 < num_used; ++span) {
-    float* state = maps + span * map_size;
-    const float* transition = state + shape.head_dim * shape.value_dim;
-    float sum[kMaxRows][4];
-#pragma unroll
-    for (int i = 0; i < kMaxRows; ++i) {
-      const int row = row0 + i * (kCombineThreads / kColGroups);
-      if (row >= head_dim) continue;
-#pragma unroll
-      for (int j = 0; j < 4; ++j) sum[i][j] = col + j < value_dim ? state[row * value_dim + col + j] : 0.f;
-    }
-    const auto accumulate = [&](float m, int c, float (&to)[4]) {
-      const float4 e = *reinterpret_cast<const float4*>(&smem_state[c * kCombineCols + col_in_tile]);
-      to[0] = fmaf(m, e.x, to[0]);
-      to[1] = fmaf(m, e.y, to[1]);
-      to[2] = fmaf(m, e.z, to[2]);
-      to[3] = fmaf(m, e.w, to[3]);
-    };
-#pragma unroll
-    for (int i = 0; i < kMaxRows; ++i) {
-      const int row = row0 + i * (kCombineThreads / kColGroups);
-      if (span == 0 || row >= head_dim) continue;
-      const float* transition_row = transition + row * head_dim;
+  // Tiles of M, those of span 1 first
+  const int tiles_per_map = (head_dim + kCombineBlock - 1) / kCombineBlock;
+  int next_span = 1, next_col = 0, next_stage = 0;
+  const auto copy_next = [&] {
+    if (next_span < num_maps) {
+      const float* src = span_map(params, slot + next_span, head) + shape.head_dim * shape.value_dim;
+      const uint32_t tile = smem_address(smem_tiles + next_stage * kCombineTile);
       if (head_dim % 4 == 0) {
-#pragma unroll 8
-        for (int c = 0; c < head_dim; c += 4) {
-          const float4 m = *reinterpret_cast<const float4*>(transition_row + c);
-          accumulate(m.x, c, sum[i]);
-          accumulate(m.y, c + 1, sum[i]);
-          accumulate(m.z, c + 2, sum[i]);
-          accumulate(m.w, c + 3, sum[i]);
-        }
+        copy_transition_tile<4>(tile, src, head_dim, next_col);
       } else {
-        for (int c = 0; c < head_dim; ++c) accumulate(transition_row[c], c, sum[i]);
+        copy_transition_tile<1>(tile, src, head_dim, next_col);
       }
+      next_stage = next_in_ring(next_stage, kCombineStages);
+      next_col += kCombineBlock;
+      if (next_col >= head_dim) next_col = 0, ++next_span;
     }
-    __syncthreads();
+    cp_async_commit();
+  };
+  for (int i = 0; i < kCombineStages - 1; ++i) copy_next();
+
+  float e[kCombineRowsPerThread][4];
+  const auto for_each = [&](int span, auto f) {
+    float* state = span_map(params, slot + span, head);
 #pragma unroll
-    for (int i = 0; i < kMaxRows; ++i) {
-      const int row = row0 + i * (kCombineThreads / kColGroups);
-      if (row >= head_dim) continue;
-      *reinterpret_cast<float4*>(&smem_state[row * kCombineCols + col_in_tile]) =
-          make_float4(sum[i][0], sum[i][1], sum[i][2], sum[i][3]);
+    for (int i = 0; i < kCombineRowsPerThread; ++i) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        if (col + j < value_dim) state[row * value_dim + col + j] = sum[i][j];
+        f(e[i][j], state + row_of(i) * value_dim + col + j, row_of(i) < head_dim && col + j < value_dim);
       }
     }
+  };
+  const auto load = [](float& x, const float* src, bool valid) { x = valid ? *src : 0.f; };
+  const auto store = [](float x, float* dst, bool valid) {
+    if (valid) *dst = x;
+  };
+  for_each(0, load);
+  int stage_idx = 0;
+  for (int span = 1; span < num_maps; ++span) {
+#pragma unroll
+    for (int i = 0; i < kCombineRowsPerThread; ++i) {
+      *reinterpret_cast<float4*>(&smem_state[row_of(i) * kCombineCols + col_in_tile]) =
+          make_float4(e[i][0], e[i][1], e[i][2], e[i][3]);
+    }
+    for_each(span, load);
+    for (int block = 0; block < tiles_per_map; ++block) {
+      cp_async_wait<kCombineStages - 2>();
+      __syncthreads();
+      copy_next();
+      const float* tile = smem_tiles + stage_idx * kCombineTile;
+      const float* entering = smem_state + block * kCombineBlock * kCombineCols + col_in_tile;
+#pragma unroll
+      for (int c = 0; c < kCombineBlock; c += 4) {
+        float4 m[kCombineRowsPerThread];
+#pragma unroll
+        for (int i = 0; i < kCombineRowsPerThread; ++i) {
+          m[i] = *reinterpret_cast<const float4*>(tile + row_of(i) * kCombineStride + c);
+        }
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          const float4 x = *reinterpret_cast<const float4*>(entering + (c + k) * kCombineCols);
+#pragma unroll
+          for (int i = 0; i < kCombineRowsPerThread; ++i) {
+            const float factor = k == 0 ? m[i].x : k == 1 ? m[i].y : k == 2 ? m[i].z : m[i].w;
+            e[i][0] = fmaf(factor, x.x, e[i][0]);
+            e[i][1] = fmaf(factor, x.y, e[i][1]);
+            e[i][2] = fmaf(factor, x.z, e[i][2]);
+            e[i][3] = fmaf(factor, x.w, e[i][3]);
+          }
+        }
+      }
+      stage_idx = next_in_ring(stage_idx, kCombineStages);
+    }
+    for_each(span, store);
     __syncthreads();
   }
 }

@@ -2,6 +2,7 @@
 
 namespace remora {
 
-template cudaError_t launch_fwd_pass<__half, 64>(const FwdKernelParams&, const FwdConfig&, bool, bool, cudaStream_t);
+template cudaError_t launch_fwd_pass<__half, 64, false>(const FwdKernelParams&, const FwdConfig&, bool, bool,
+                                                        cudaStream_t);
 
 }  // namespace remora

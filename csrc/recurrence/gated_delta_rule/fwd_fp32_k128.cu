@@ -2,6 +2,7 @@
 
 namespace remora {
 
-template cudaError_t launch_fwd_pass<float, 128>(const FwdKernelParams&, const FwdConfig&, bool, bool, cudaStream_t);
+template cudaError_t launch_fwd_pass<float, 128, false>(const FwdKernelParams&, const FwdConfig&, bool, bool,
+                                                        cudaStream_t);
 
 }  // namespace remora

@@ -2,6 +2,7 @@
 
 namespace remora {
 
-template cudaError_t launch_fwd_pass<float, 64>(const FwdKernelParams&, const FwdConfig&, bool, bool, cudaStream_t);
+template cudaError_t launch_fwd_pass<float, 64, false>(const FwdKernelParams&, const FwdConfig&, bool, bool,
+                                                       cudaStream_t);
 
 }  // namespace remora

@@ -5,7 +5,7 @@
 //
 //   q, k [B, T, H, K]   v, o [B, T, HV, V]   g, beta [B, T, HV]   states [N, HV, K, V]
 //
-// Grid: (sequence, span, value head, 64 columns of V), flattened on x, columns fastest: neighbours share K and Q.
+// Grid: (span, value head, 64 columns of V), flattened on x, columns fastest: neighbours share K and Q.
 //
 // Warps 0..3 (state): warp w owns 16 columns of V. S^T [16, K] are its accumulators; every product is of the form
 //   [16 columns of V, x] [x, y] with the left operand made of accumulators in registers and the right one read from K,
@@ -31,14 +31,15 @@
 #include "recurrence/gated_delta_rule/params.h"
 #include "recurrence/gated_delta_rule/prepare.cuh"
 #include "recurrence/gated_delta_rule/traits.h"
+#include "recurrence/sequence.cuh"
 
 namespace remora {
 
 struct FwdKernelParams {
   GatedDeltaRuleFwdParams op;
-  int64_t num_v_tiles, num_transition_tiles;
-  int num_spans, num_stages, num_scratches;
-  float* span_maps;  // per (sequence, value head, span but the last): S_ext [K, V], then M [K, K]
+  int64_t num_v_tiles, num_transition_tiles, span_tokens;
+  int num_stages, num_scratches;
+  float* span_maps;  // [map slots, HV]: S_ext [K, V], then M [K, K]
 };
 
 enum FwdBarrier : int {
@@ -58,43 +59,66 @@ using FwdInverse = std::conditional_t<sizeof(T) == 4, float, __half>;
 
 /// The tokens and columns of one CTA.
 struct FwdWork {
-  int64_t seq, head, span, tile;
-  int64_t batch;      // row of the batch tensors
-  int64_t seq_begin;  // first token of the sequence in its row
-  int64_t seq_len;
-  int64_t begin, end;  // of the span, from seq_begin
-  bool is_last;        // the span holds the sequence's last token
+  Sequence seq;
+  int64_t seq_idx, head, tile;
+  int64_t begin, end;      // of the span, from the sequence's first token
+  int64_t map_slot;        // of the span
+  bool is_first, is_last;  // of the sequence's spans
+  bool exists;
 };
 
-__device__ __forceinline__ int64_t clamped_cu_seqlen(const GatedDeltaRuleFwdParams& op, int64_t i) {
-  return min(max(static_cast<int64_t>(op.cu_seqlens[i]), int64_t{0}), op.shape.seqlen);
+/// Spans but the last of a sequence own consecutive slots of maps: those of different sequences never meet.
+__device__ __forceinline__ int64_t first_map_slot(const Sequence& seq, int64_t span_tokens) {
+  return seq.first_token / span_tokens;
 }
 
-__device__ __forceinline__ FwdWork decode_work(const FwdKernelParams& params, int64_t num_tiles, int num_spans) {
+__device__ __forceinline__ float* span_map(const FwdKernelParams& params, int64_t slot, int64_t head) {
+  const RecurrenceShape& shape = params.op.shape;
+  return params.span_maps + (slot * shape.num_value_heads + head) * shape.head_dim * (shape.head_dim + shape.value_dim);
+}
+
+__device__ __forceinline__ int64_t find_map_owner(const FwdKernelParams& params, int64_t slot) {
+  return find_owner(params.op.shape, params.op.cu_seqlens, slot,
+                    [&](const Sequence& seq, int64_t) { return first_map_slot(seq, params.span_tokens); });
+}
+
+/// Summary pass: the spans that own a map slot. Output pass: the first span of every sequence, then those that follow a
+/// map slot.
+template <bool kIsSummary>
+__device__ __forceinline__ FwdWork decode_work(const FwdKernelParams& params) {
   const RecurrenceShape& shape = params.op.shape;
   FwdWork work;
   int64_t index = blockIdx.x;
+  const int64_t num_tiles = params.num_v_tiles + (kIsSummary ? params.num_transition_tiles : 0);
   work.tile = index % num_tiles;
   index /= num_tiles;
   work.head = index % shape.num_value_heads;
   index /= shape.num_value_heads;
-  work.span = index % num_spans;
-  work.seq = index / num_spans;
-  if (params.op.cu_seqlens != nullptr) {
-    work.batch = 0;
-    work.seq_begin = clamped_cu_seqlen(params.op, work.seq);
-    work.seq_len = max(clamped_cu_seqlen(params.op, work.seq + 1) - work.seq_begin, int64_t{0});
-  } else {
-    work.batch = work.seq;
-    work.seq_begin = 0;
-    work.seq_len = shape.seqlen;
-  }
-  const int64_t span_share = (work.seq_len + params.num_spans - 1) / params.num_spans;
-  const int64_t span_len = (span_share + kStateInterval - 1) / kStateInterval * kStateInterval;
-  work.begin = min(work.span * span_len, work.seq_len);
-  work.end = min(work.begin + span_len, work.seq_len);
-  work.is_last = work.end == work.seq_len && (work.span == 0 || work.begin < work.end);
+  const bool has_slot = kIsSummary || index >= shape.num_seqs;
+  const int64_t slot = kIsSummary ? index : index - shape.num_seqs;
+  work.seq_idx = has_slot ? find_map_owner(params, slot) : index;
+  work.seq = find_sequence(shape, params.op.cu_seqlens, work.seq_idx);
+  const int64_t first_slot = first_map_slot(work.seq, params.span_tokens);
+  const int64_t span = has_slot ? slot - first_slot + (kIsSummary ? 0 : 1) : 0;
+  work.begin = min(max(span, int64_t{0}) * params.span_tokens, work.seq.num_tokens);
+  work.end = work.begin + min(params.span_tokens, work.seq.num_tokens - work.begin);
+  work.map_slot = first_slot + span;
+  work.is_first = span == 0;
+  work.is_last = work.end == work.seq.num_tokens;
+  work.exists = kIsSummary ? span >= 0 && !work.is_last : work.is_first || (span > 0 && work.begin < work.end);
   return work;
+}
+
+/// Where the span begins in the batch tensors; with rows, which every token looks up, where they begin.
+template <bool kIsRouted>
+__device__ __forceinline__ TokenRow first_row(const GatedDeltaRuleFwdParams& op, const FwdWork& work) {
+  if constexpr (kIsRouted) {
+    return {0, 0, 0};
+  } else {
+    const int64_t batch = op.cu_seqlens == nullptr ? work.seq_idx : 0;
+    const int64_t row = work.seq.first_token + work.begin;
+    return {row, batch, row - batch * op.shape.seqlen};
+  }
 }
 
 /// Column of V, within a warp's 16, of accumulator row l / 4 (the row 8 below is kSecond columns further). For 16-bit
@@ -113,11 +137,13 @@ template <typename T, int BLOCK_T, bool kIsAligned>
 struct ValueFragment {
   uint2 raw[BLOCK_T / 8];
 
-  __device__ __forceinline__ void load(const T* src, int64_t stride_token, int num_tokens, int num_cols) {
+  template <typename Tokens>
+  __device__ __forceinline__ void load(const T* src, const Tokens& offset_of, int num_tokens, int num_cols) {
     const int token = threadIdx.x % 32 / 4, col = threadIdx.x % 4 * 4;
-    const T* p = src + token * stride_token + col;
+    const T* p = src + offset_of(token) + col;
 #pragma unroll
-    for (int i = 0; i < BLOCK_T / 8; ++i, p += 8 * stride_token) {
+    for (int i = 0; i < BLOCK_T / 8; ++i) {
+      if (i > 0) p = offset_of.template next<8>(p, src + col, token + i * 8);
       if constexpr (kIsAligned) {
         raw[i] = make_uint2(0, 0);
         if (token + i * 8 < num_tokens && col < num_cols) raw[i] = *reinterpret_cast<const uint2*>(p);
@@ -141,14 +167,16 @@ template <int BLOCK_T, bool kIsAligned>
 struct ValueFragment<float, BLOCK_T, kIsAligned> {
   float raw[BLOCK_T / 8][4];
 
-  __device__ __forceinline__ void load(const float* src, int64_t stride_token, int num_tokens, int num_cols) {
+  template <typename Tokens>
+  __device__ __forceinline__ void load(const float* src, const Tokens& offset_of, int num_tokens, int num_cols) {
     const int token = threadIdx.x % 4 * 2, col = ColumnMap<float>::first();
 #pragma unroll
     for (int i = 0; i < BLOCK_T / 8; ++i) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const int t = token + i * 8 + j % 2, c = col + j / 2 * ColumnMap<float>::kSecond;
-        raw[i][j] = t < num_tokens && c < num_cols ? src[t * stride_token + c] : 0.f;
+        const float* p = src + offset_of(t) + c;
+        raw[i][j] = t < num_tokens && c < num_cols ? *p : 0.f;
       }
     }
   }
@@ -157,15 +185,16 @@ struct ValueFragment<float, BLOCK_T, kIsAligned> {
 
 /// Writes the transpose of x, [16 columns, 8 kTiles rows], to a row-major matrix of Out. The accumulators are those of
 /// a kernel over In.
-template <typename In, typename Out, bool kIsAligned, int kTiles>
-__device__ __forceinline__ void store_rows(Out* dst, int64_t stride_row, int num_rows, int num_cols,
+template <typename In, typename Out, bool kIsAligned, int kTiles, typename Rows>
+__device__ __forceinline__ void store_rows(Out* dst, const Rows& offset_of, int num_rows, int num_cols,
                                            const FragC (&x)[kTiles]) {
   if constexpr (sizeof(Out) == 2) {
     static_assert(sizeof(In) == 2);
     const int row = threadIdx.x % 32 / 4, col = threadIdx.x % 4 * 4;
-    Out* p = dst + row * stride_row + col;
+    Out* p = dst + offset_of(row) + col;
 #pragma unroll
-    for (int i = 0; i < kTiles; ++i, p += 8 * stride_row) {
+    for (int i = 0; i < kTiles; ++i) {
+      if (i > 0) p = offset_of.template next<8>(p, dst + col, row + i * 8);
       const uint2 packed =
           make_uint2(transpose_8x8(pack<Out>(x[i].r[0], x[i].r[1])), transpose_8x8(pack<Out>(x[i].r[2], x[i].r[3])));
       if constexpr (kIsAligned) {
@@ -186,7 +215,8 @@ __device__ __forceinline__ void store_rows(Out* dst, int64_t stride_row, int num
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const int r = row + i * 8 + j % 2, c = col + j / 2 * ColumnMap<In>::kSecond;
-        if (r < num_rows && c < num_cols) dst[r * stride_row + c] = x[i].r[j];
+        Out* p = dst + offset_of(r) + c;
+        if (r < num_rows && c < num_cols) *p = x[i].r[j];
       }
     }
   }
@@ -385,32 +415,21 @@ __device__ __forceinline__ void apply_strict(FragC (&r)[BLOCK_T / 8], uint32_t t
 /// Index of the element after `idx` in a ring.
 __device__ __forceinline__ int next_in_ring(int idx, int size) { return idx + 1 == size ? 0 : idx + 1; }
 
-/// Zeros o where no sequence is, for the head and 16 columns of this warp.
+/// Zeros o of packed positions [begin, end), for the head and 16 columns of this warp.
 template <typename T>
-__device__ __forceinline__ void clear_rows(const FwdKernelParams& params, const FwdWork& work, int64_t col0,
-                                           int64_t begin, int64_t end) {
+__device__ __forceinline__ void clear_tokens(const FwdKernelParams& params, const FwdWork& work, int64_t col0,
+                                             int64_t begin, int64_t end) {
   const RecurrenceShape& shape = params.op.shape;
   const int lane_idx = threadIdx.x % 32;
   const int64_t col = col0 + lane_idx % 16;
   if (col >= shape.value_dim) return;
-  for (int64_t token = begin + lane_idx / 16; token < end; token += 2) {
-    static_cast<T*>(params.op.o)[(token * shape.num_value_heads + work.head) * shape.value_dim + col] = T(0.f);
+  for (int64_t position = begin + lane_idx / 16; position < end; position += 2) {
+    const int64_t row = row_at(shape, params.op.rows, position).row;
+    static_cast<T*>(params.op.o)[(row * shape.num_value_heads + work.head) * shape.value_dim + col] = T(0.f);
   }
 }
 
-template <typename T>
-__device__ __forceinline__ void clear_uncovered(const FwdKernelParams& params, const FwdWork& work, int64_t col0) {
-  const RecurrenceShape& shape = params.op.shape;
-  int low = static_cast<int>(shape.seqlen), high = 0;
-  for (int64_t i = threadIdx.x % 32; i <= shape.num_seqs; i += 32) {
-    low = min(low, static_cast<int>(clamped_cu_seqlen(params.op, i)));
-    high = max(high, static_cast<int>(clamped_cu_seqlen(params.op, i)));
-  }
-  if (work.seq == 0) clear_rows<T>(params, work, col0, 0, warp_min(low));
-  if (work.seq == shape.num_seqs - 1) clear_rows<T>(params, work, col0, warp_max(high), shape.seqlen);
-}
-
-template <typename T, int HEAD_DIM, bool kIsSummary, bool kIsAligned>
+template <typename T, int HEAD_DIM, bool kIsSummary, bool kIsAligned, bool kIsRouted>
 __device__ __forceinline__ void state_subroutine(const FwdKernelParams& params, const FwdWork& work, uint32_t smem,
                                                  const char* smem_ptr, int warp_idx) {
   constexpr FwdTile kTile{sizeof(T), HEAD_DIM};
@@ -428,9 +447,7 @@ __device__ __forceinline__ void state_subroutine(const FwdKernelParams& params, 
   const int64_t col0 = (is_transition ? work.tile - params.num_v_tiles : work.tile) * kFwdBlockV + warp_idx * 16;
   const int64_t width = is_transition ? shape.head_dim : shape.value_dim;
   const int num_cols = static_cast<int>(min(max(width - col0, int64_t{0}), int64_t{16}));
-  const int64_t state_idx = work.seq * shape.num_value_heads + work.head;
-  const int64_t map_size = shape.head_dim * (shape.head_dim + shape.value_dim);
-  float* span_map = params.span_maps + (state_idx * (params.num_spans - 1) + work.span) * map_size;
+  const int64_t state_idx = work.seq_idx * shape.num_value_heads + work.head;
   const int64_t stride_k = op.state_v_first ? 1 : shape.value_dim;
   const int64_t stride_v = op.state_v_first ? shape.head_dim : 1;
   const int64_t state_offset = state_idx * shape.head_dim * shape.value_dim + col0 * stride_v;
@@ -446,31 +463,39 @@ __device__ __forceinline__ void state_subroutine(const FwdKernelParams& params, 
         s[i].r[j] = k + i * 8 + j % 2 == col + j / 2 * ColumnMap<T>::kSecond ? 1.f : 0.f;
       }
     }
-  } else if (work.span == 0) {
+  } else if (work.is_first) {
     if (op.initial_state != nullptr) {
       load_state<T, HEAD_DIM>(s, static_cast<const float*>(op.initial_state) + state_offset, stride_k, stride_v,
                               num_rows, num_cols);
     }
   } else if (!kIsSummary) {
-    load_state<T, HEAD_DIM>(s, span_map - map_size + col0, shape.value_dim, 1, num_rows, num_cols);
+    load_state<T, HEAD_DIM>(s, span_map(params, work.map_slot - 1, work.head) + col0, shape.value_dim, 1, num_rows,
+                            num_cols);
   }
 
-  // Pointers at the span's first token
-  const int64_t token0 = work.seq_begin + work.begin;
-  const T* gmem_v = static_cast<const T*>(op.v) + work.batch * op.v_stride.batch + token0 * op.v_stride.token +
-                    work.head * op.v_stride.head + col0;
+  // Pointers at the span's first token, or with rows at the first row: every token adds its own offset.
+  const TokenRow first = first_row<kIsRouted>(op, work);
+  const T* gmem_v = static_cast<const T*>(op.v) + first.offset(op.v_stride) + work.head * op.v_stride.head + col0;
   const int64_t o_stride = shape.num_value_heads * shape.value_dim;
-  T* gmem_o = static_cast<T*>(op.o) +
-              ((work.batch * shape.seqlen + token0) * shape.num_value_heads + work.head) * shape.value_dim + col0;
+  T* gmem_o = static_cast<T*>(op.o) + first.row * o_stride + work.head * shape.value_dim + col0;
   const int64_t saved_stride = shape.num_value_heads * shape.head_dim * shape.value_dim;
-  const int64_t saved_slot =
-      (work.batch * shape.seqlen + work.seq_begin) / kStateInterval + work.seq + work.begin / kStateInterval;
+  const int64_t saved_slot = first_state_slot(work.seq.first_token, work.seq_idx) + work.begin / kStateInterval;
   const int64_t saved_offset = saved_slot * saved_stride + work.head * shape.head_dim * shape.value_dim + col0;
 
   int remaining = static_cast<int>(work.end - work.begin);
+  // Where the tokens of the chunk that begins `left` tokens before the span's end lie in a tensor
+  const auto tokens_of = [&](int left, const TokenStrides& stride) {
+    if constexpr (kIsRouted) {
+      ChunkRows<BLOCK_T> rows;
+      rows.load(op.rows, work.seq.first_token + work.end - left, left);
+      return rows.offsets(shape, stride);
+    } else {
+      return StridedTokens{stride.token};
+    }
+  };
   ValueFragment<T, BLOCK_T, kIsAligned> v;
   const int v_cols = is_transition ? 0 : num_cols;
-  if constexpr (kIsAligned) v.load(gmem_v, op.v_stride.token, is_transition ? 0 : remaining, v_cols);
+  if constexpr (kIsAligned) v.load(gmem_v, tokens_of(remaining, op.v_stride), is_transition ? 0 : remaining, v_cols);
 
   const uint32_t smem_stages = smem + params.num_scratches * kTile.scratch_size();
   int stage_idx = 0;
@@ -480,7 +505,7 @@ __device__ __forceinline__ void state_subroutine(const FwdKernelParams& params, 
         using Saved = std::conditional_t<std::is_same_v<T, __nv_bfloat16>, __nv_bfloat16, float>;
         Saved* saved =
             static_cast<Saved*>(op.saved_states) + saved_offset + chunk_idx / (kStateInterval / BLOCK_T) * saved_stride;
-        store_rows<T, Saved, kIsAligned>(saved, shape.value_dim, num_rows, num_cols, s);
+        store_rows<T, Saved, kIsAligned>(saved, StridedTokens{shape.value_dim}, num_rows, num_cols, s);
       }
     }
 
@@ -512,7 +537,9 @@ __device__ __forceinline__ void state_subroutine(const FwdKernelParams& params, 
     }
 
     // R' and r
-    if constexpr (!kIsAligned) v.load(gmem_v, op.v_stride.token, is_transition ? 0 : remaining, v_cols);
+    if constexpr (!kIsAligned) {
+      v.load(gmem_v, tokens_of(remaining, op.v_stride), is_transition ? 0 : remaining, v_cols);
+    }
     const auto column_pair = [&](const float* values, int i) {
       return *reinterpret_cast<const float2*>(values + i * 8 + lane_col);
     };
@@ -523,9 +550,9 @@ __device__ __forceinline__ void state_subroutine(const FwdKernelParams& params, 
 #pragma unroll
       for (int j = 0; j < 4; ++j) r[i].r[j] = fmaf(-(j % 2 ? k_in.y : k_in.x), r[i].r[j], value.r[j]);
     }
-    gmem_v += BLOCK_T * op.v_stride.token;
+    if constexpr (!kIsRouted) gmem_v += BLOCK_T * op.v_stride.token;
     if constexpr (kIsAligned) {
-      v.load(gmem_v, op.v_stride.token, is_transition ? 0 : remaining - BLOCK_T, v_cols);
+      v.load(gmem_v, tokens_of(remaining - BLOCK_T, op.v_stride), is_transition ? 0 : remaining - BLOCK_T, v_cols);
     }
     apply_strict<FwdInverse<T>, BLOCK_T>(r, tile_y);
 
@@ -584,21 +611,25 @@ __device__ __forceinline__ void state_subroutine(const FwdKernelParams& params, 
     if (remaining > params.num_stages * BLOCK_T) named_barrier_arrive(kFwdEmpty + stage_idx, kFwdStageThreads);
     stage_idx = next_in_ring(stage_idx, params.num_stages);
     if constexpr (!kIsSummary) {
-      store_rows<T, T, kIsAligned>(gmem_o, o_stride, remaining, num_cols, o);
-      gmem_o += BLOCK_T * o_stride;
+      const TokenStrides stride{shape.seqlen * o_stride, o_stride, 0};
+      store_rows<T, T, kIsAligned>(gmem_o, tokens_of(remaining, stride), remaining, num_cols, o);
+      if constexpr (!kIsRouted) gmem_o += BLOCK_T * o_stride;
     }
   }
 
   // State leaving the span
   if constexpr (kIsSummary) {
-    float* dst = is_transition ? span_map + shape.head_dim * shape.value_dim : span_map;
+    float* dst = span_map(params, work.map_slot, work.head) + (is_transition ? shape.head_dim * shape.value_dim : 0);
     store_state<T, HEAD_DIM>(dst + col0, width, 1, num_rows, num_cols, s);
   } else {
     if (work.is_last && op.final_state != nullptr) {
       store_state<T, HEAD_DIM>(static_cast<float*>(op.final_state) + state_offset, stride_k, stride_v, num_rows,
                                num_cols, s);
     }
-    if (op.cu_seqlens != nullptr && work.span == 0) clear_uncovered<T>(params, work, col0);
+    if (work.is_first) {
+      for_each_uncovered(shape, op.cu_seqlens, work.seq_idx,
+                         [&](int64_t begin, int64_t end) { clear_tokens<T>(params, work, col0, begin, end); });
+    }
   }
 }
 
@@ -639,7 +670,7 @@ __device__ __forceinline__ void pair_subroutine(const FwdKernelParams& params, c
   }
 }
 
-template <typename T, int HEAD_DIM, bool kHasQ, bool kIsAligned>
+template <typename T, int HEAD_DIM, bool kHasQ, bool kIsAligned, bool kIsRouted>
 __device__ __forceinline__ void inverse_subroutine(const FwdKernelParams& params, const FwdWork& work, uint32_t smem,
                                                    char* smem_ptr, int warp_idx) {
   constexpr int BLOCK_T = FwdTile{sizeof(T), HEAD_DIM}.block_t();
@@ -649,40 +680,53 @@ __device__ __forceinline__ void inverse_subroutine(const FwdKernelParams& params
   const RecurrenceShape& shape = op.shape;
   const int thread_idx = warp_idx * 32 + threadIdx.x % 32;
   const int64_t key_head = work.head / (shape.num_value_heads / shape.num_heads);
-  const int64_t token0 = work.seq_begin + work.begin;
   const int num_tokens = static_cast<int>(work.end - work.begin);
   const int num_chunks = (num_tokens + BLOCK_T - 1) / BLOCK_T;
   const int head_dim = static_cast<int>(shape.head_dim);
 
   // Sources of the next copy
-  const T* gmem_k = static_cast<const T*>(op.k) + work.batch * op.k_stride.batch + token0 * op.k_stride.token +
-                    key_head * op.k_stride.head;
-  const T* gmem_q = static_cast<const T*>(op.q) + work.batch * op.q_stride.batch + token0 * op.q_stride.token +
-                    key_head * op.q_stride.head;
-  const int64_t gate_offset = (work.batch * shape.seqlen + token0 + thread_idx) * shape.num_value_heads + work.head;
+  const TokenRow first = first_row<kIsRouted>(op, work);
+  const T* gmem_k = static_cast<const T*>(op.k) + first.offset(op.k_stride) + key_head * op.k_stride.head;
+  const T* gmem_q = static_cast<const T*>(op.q) + first.offset(op.q_stride) + key_head * op.q_stride.head;
   const bool has_g = op.g != nullptr;
-  const float* gmem_beta = static_cast<const float*>(op.beta) + gate_offset;
-  const float* gmem_g = has_g ? static_cast<const float*>(op.g) + gate_offset : gmem_beta;
+  int64_t gate_offset = (first.row + thread_idx) * shape.num_value_heads + work.head;
+  ChunkRows<BLOCK_T> rows;
+  const auto load_rows = [&](int chunk_idx) {
+    rows.load(op.rows, work.seq.first_token + work.begin + chunk_idx * BLOCK_T, num_tokens - chunk_idx * BLOCK_T);
+  };
+  if constexpr (kIsRouted) load_rows(0);
 
   const auto copy_chunk = [&](int chunk_idx, int stage_idx) {
     const int valid = num_tokens - chunk_idx * BLOCK_T;
     if (valid > 0) {
       const ChunkTiles<BLOCK_T> tiles = chunk_tiles<T, HEAD_DIM, BLOCK_T>(params, smem, smem_ptr, stage_idx, 0);
-      copy_tile_async<T, BLOCK_T, HEAD_DIM, kNumRoleThreads>(tiles.k, gmem_k, op.k_stride.token, valid, head_dim,
-                                                             kIsAligned, thread_idx);
-      gmem_k += BLOCK_T * op.k_stride.token;
-      if constexpr (kHasQ) {
-        copy_tile_async<T, BLOCK_T, HEAD_DIM, kNumRoleThreads>(tiles.q, gmem_q, op.q_stride.token, valid, head_dim,
-                                                               kIsAligned, thread_idx);
-        gmem_q += BLOCK_T * op.q_stride.token;
+      const auto copy_keys = [&](uint32_t tile, const T*& src, const TokenStrides& stride) {
+        if constexpr (kIsRouted) {
+          gather_tile_async<T, BLOCK_T, HEAD_DIM, kNumRoleThreads>(tile, src, rows.offsets(shape, stride), valid,
+                                                                   head_dim, kIsAligned, thread_idx);
+        } else {
+          copy_tile_async<T, BLOCK_T, HEAD_DIM, kNumRoleThreads>(tile, src, stride.token, valid, head_dim, kIsAligned,
+                                                                 thread_idx);
+          src += BLOCK_T * stride.token;
+        }
+      };
+      copy_keys(tiles.k, gmem_k, op.k_stride);
+      if constexpr (kHasQ) copy_keys(tiles.q, gmem_q, op.q_stride);
+      if constexpr (kIsRouted) {
+        gate_offset = rows.own_row(shape, warp_idx) * shape.num_value_heads + work.head;
       }
       if (thread_idx < BLOCK_T) {
         const bool is_valid = thread_idx < valid;
+        const float* gmem_beta = static_cast<const float*>(op.beta) + gate_offset;
+        const float* gmem_g = static_cast<const float*>(op.g) + gate_offset;
         cp_async_4(smem_address(&tiles.coef->beta[thread_idx]), is_valid ? gmem_beta : op.beta, is_valid);
-        cp_async_4(smem_address(&tiles.coef->g[thread_idx]), is_valid ? gmem_g : op.beta, is_valid && has_g);
+        cp_async_4(smem_address(&tiles.coef->g[thread_idx]), is_valid && has_g ? gmem_g : op.beta, is_valid && has_g);
       }
-      gmem_beta += BLOCK_T * shape.num_value_heads;
-      gmem_g += BLOCK_T * shape.num_value_heads;
+      if constexpr (kIsRouted) {
+        load_rows(chunk_idx + 1);
+      } else {
+        gate_offset += BLOCK_T * shape.num_value_heads;
+      }
     }
     cp_async_commit();
   };
@@ -725,28 +769,22 @@ __device__ __forceinline__ void inverse_subroutine(const FwdKernelParams& params
   }
 }
 
-template <typename T, int HEAD_DIM, bool kIsSummary, bool kIsAligned>
+template <typename T, int HEAD_DIM, bool kIsSummary, bool kIsAligned, bool kIsRouted>
 __global__ void __launch_bounds__(kFwdThreads, 1)
     gated_delta_rule_fwd_kernel(const __grid_constant__ FwdKernelParams params) {
   extern __shared__ __align__(1024) char smem_ptr[];
   const uint32_t smem = smem_address(smem_ptr);
   const int warp_idx = threadIdx.x / 32;
-  const FwdWork work = kIsSummary
-                           ? decode_work(params, params.num_v_tiles + params.num_transition_tiles, params.num_spans - 1)
-                           : decode_work(params, params.num_v_tiles, params.num_spans);
-  if (kIsSummary) {
-    // Nobody asks for the map of the last span, nor for the first one's M: it starts from the known initial state.
-    if (work.is_last || work.begin == work.end || (work.span == 0 && work.tile >= params.num_v_tiles)) return;
-  } else {
-    if (work.span > 0 && work.begin == work.end) return;
-  }
+  const FwdWork work = decode_work<kIsSummary>(params);
+  // Nobody asks for the M of a first span: it starts from the known initial state.
+  if (!work.exists || (kIsSummary && work.is_first && work.tile >= params.num_v_tiles)) return;
   if (warp_idx < kFwdStateWarps) {
-    state_subroutine<T, HEAD_DIM, kIsSummary, kIsAligned>(params, work, smem, smem_ptr, warp_idx);
+    state_subroutine<T, HEAD_DIM, kIsSummary, kIsAligned, kIsRouted>(params, work, smem, smem_ptr, warp_idx);
   } else if (warp_idx < kFwdStateWarps + kFwdPairWarps) {
     pair_subroutine<T, HEAD_DIM, !kIsSummary>(params, work, smem, smem_ptr, warp_idx - kFwdStateWarps);
   } else {
-    inverse_subroutine<T, HEAD_DIM, !kIsSummary, kIsAligned>(params, work, smem, smem_ptr,
-                                                             warp_idx - kFwdStateWarps - kFwdPairWarps);
+    inverse_subroutine<T, HEAD_DIM, !kIsSummary, kIsAligned, kIsRouted>(params, work, smem, smem_ptr,
+                                                                        warp_idx - kFwdStateWarps - kFwdPairWarps);
   }
 }
 

@@ -13,7 +13,7 @@ struct FwdKernelParams;
 
 /// The summary pass (is_summary) or the output pass. is_aligned: q, k, v, o, saved states, K and V allow 16-byte
 /// pieces.
-template <typename T, int HEAD_DIM>
+template <typename T, int HEAD_DIM, bool kIsRouted>
 cudaError_t launch_fwd_pass(const FwdKernelParams& params, const FwdConfig& config, bool is_summary, bool is_aligned,
                             cudaStream_t stream);
 

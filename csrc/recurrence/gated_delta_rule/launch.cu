@@ -24,8 +24,22 @@ bool is_aligned_16(const void* p, const TokenStrides& stride, int64_t element_si
 template <typename T>
 cudaError_t launch_fwd_pass_of(const FwdKernelParams& params, const FwdConfig& config, bool is_summary, bool is_aligned,
                                cudaStream_t stream) {
-  return config.head_dim == 64 ? launch_fwd_pass<T, 64>(params, config, is_summary, is_aligned, stream)
-                               : launch_fwd_pass<T, 128>(params, config, is_summary, is_aligned, stream);
+  const bool is_routed = params.op.rows != nullptr;
+  const auto launch = config.head_dim == 64
+                          ? (is_routed ? launch_fwd_pass<T, 64, true> : launch_fwd_pass<T, 64, false>)
+                          : (is_routed ? launch_fwd_pass<T, 128, true> : launch_fwd_pass<T, 128, false>);
+  return launch(params, config, is_summary, is_aligned, stream);
+}
+
+cudaError_t launch_combine(const FwdKernelParams& params, const FwdConfig& config, cudaStream_t stream) {
+  const RecurrenceShape& shape = params.op.shape;
+  const int64_t num_ctas =
+      config.num_map_slots * shape.num_value_heads * ((shape.value_dim + kCombineCols - 1) / kCombineCols);
+  const auto kernel = gated_delta_rule_fwd_combine_kernel;
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kCombineSmemSize);
+  if (error != cudaSuccess) return error;
+  kernel<<<static_cast<unsigned>(num_ctas), kCombineThreads, kCombineSmemSize, stream>>>(params);
+  return cudaGetLastError();
 }
 
 }  // namespace
@@ -36,7 +50,6 @@ int64_t gated_delta_rule_fwd_workspace(const GatedDeltaRuleFwdParams& params, co
 }
 
 Error gated_delta_rule_fwd(const GatedDeltaRuleFwdParams& params, const Launch& launch) {
-  if (params.rows != nullptr) return "gated_delta_rule_fwd on CUDA does not take rows";
   const RecurrenceShape& shape = params.shape;
   const cudaStream_t stream = static_cast<cudaStream_t>(launch.stream);
   const int64_t element_size = size_of(params.dtype);
@@ -45,6 +58,7 @@ Error gated_delta_rule_fwd(const GatedDeltaRuleFwdParams& params, const Launch& 
   if (std::max(config.num_output_ctas, config.num_summary_ctas) > kMaxCtas) {
     return "gated_delta_rule_fwd on CUDA: num_seqs * num_value_heads * ceil(value_dim / 64) is too large";
   }
+  if (shape.seqlen > kNotCut) return "gated_delta_rule_fwd on CUDA: T must be below 2^31";
   if (shape.num_seqs == 0) {
     const int64_t num_elements = shape.batch * shape.seqlen * shape.num_value_heads * shape.value_dim;
     return message_of(cudaMemsetAsync(params.o, 0, num_elements * element_size, stream));
@@ -55,7 +69,7 @@ Error gated_delta_rule_fwd(const GatedDeltaRuleFwdParams& params, const Launch& 
       .op = params,
       .num_v_tiles = config.num_v_tiles,
       .num_transition_tiles = config.num_transition_tiles,
-      .num_spans = config.num_spans,
+      .span_tokens = config.span_tokens,
       .num_stages = config.num_stages,
       .num_scratches = config.num_scratches,
       .span_maps = static_cast<float*>(params.workspace),
@@ -75,14 +89,11 @@ Error gated_delta_rule_fwd(const GatedDeltaRuleFwdParams& params, const Launch& 
         return launch_fwd_pass_of<float>(kernel_params, config, is_summary, is_aligned, stream);
     }
   };
-  if (config.num_spans > 1) {
+  if (config.num_map_slots > 0) {
     if (const cudaError_t error = launch_pass(true); error != cudaSuccess) return message_of(error);
-    const int64_t num_ctas =
-        shape.num_seqs * shape.num_value_heads * ((shape.value_dim + kCombineCols - 1) / kCombineCols);
-    const size_t smem_size = shape.head_dim * kCombineCols * sizeof(float);
-    gated_delta_rule_fwd_combine_kernel<<<static_cast<unsigned>(num_ctas), kCombineThreads, smem_size, stream>>>(
-        kernel_params);
-    if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return message_of(error);
+    if (const cudaError_t error = launch_combine(kernel_params, config, stream); error != cudaSuccess) {
+      return message_of(error);
+    }
   }
   return message_of(launch_pass(false));
 }
@@ -90,7 +101,6 @@ Error gated_delta_rule_fwd(const GatedDeltaRuleFwdParams& params, const Launch& 
 Error gated_delta_rule_step(const GatedDeltaRuleStepParams& params, const Launch& launch) {
   const RecurrenceShape& shape = params.shape;
   const cudaStream_t stream = static_cast<cudaStream_t>(launch.stream);
-  if (params.memories != nullptr) return "gated_delta_rule_step on CUDA does not take memories";
   if (params.dtype == DType::kFloat64 || shape.head_dim > 256) {
     return "gated_delta_rule_step on CUDA: head_dim must be at most 256, dtype not float64";
   }

@@ -6,7 +6,8 @@
 //
 //   q, k [B, T, H, K]   v, o [B, T, HV, V]   g, beta [B, T, HV]   states [slots, HV, K, V] or [slots, HV, V, K]
 //
-// Grid: (sequence, value head, 32 columns of V), flattened on x; a warp owns 8 columns and never waits for another.
+// Grid: (sequence, value head, 32 columns of V), flattened on x; with memories a sequence is one choice of a token. A
+// warp owns 8 columns and never waits for another.
 // Lane l holds columns 4 (l % 2) .. + 3 of HEAD_DIM / 16 rows of K, chosen so that 16 bytes of a state are contiguous:
 //   K-first  rows l / 2 + 16 i               V-first  rows 4 (l / 2) + 64 (i / 4) + i % 4
 // The state stays in registers over the tokens; everything is fp32. Bandwidth-bound: 8 K V bytes a step and head.
@@ -16,6 +17,7 @@
 
 #include "common/reduce.cuh"
 #include "recurrence/gated_delta_rule/params.h"
+#include "recurrence/sequence.cuh"
 
 namespace remora {
 
@@ -29,10 +31,6 @@ struct StepKernelParams {
   int64_t num_v_tiles;
   bool is_aligned;  // states allow 16-byte accesses
 };
-
-__device__ __forceinline__ int64_t clamped_cu_seqlen(const GatedDeltaRuleStepParams& op, int64_t i) {
-  return min(max(static_cast<int64_t>(op.cu_seqlens[i]), int64_t{0}), op.shape.seqlen);
-}
 
 __device__ __forceinline__ float softplus(float x) { return x > 20.f ? x : log1pf(expf(x)); }
 
@@ -67,13 +65,14 @@ __global__ void __launch_bounds__(kStepThreads)
   const int64_t key_head = head / (shape.num_value_heads / shape.num_heads);
   const int num_cols = static_cast<int>(min(max(shape.value_dim - col, int64_t{0}), int64_t{4}));
   int64_t batch = seq, begin = 0, end = shape.seqlen;
-  if (op.cu_seqlens != nullptr) {
-    batch = 0;
-    begin = clamped_cu_seqlen(op, seq);
-    end = max(clamped_cu_seqlen(op, seq + 1), begin);
+  if (op.memories != nullptr) {
+    const TokenRow choice = row_at(shape, nullptr, seq);
+    batch = choice.batch, begin = choice.token, end = begin + 1;
+  } else if (op.cu_seqlens != nullptr) {
+    const Sequence tokens = find_sequence(shape, op.cu_seqlens, seq);
+    batch = 0, begin = tokens.first_token, end = begin + tokens.num_tokens;
   }
-  const int64_t slot = op.state_indices != nullptr ? op.state_indices[seq] : seq;
-  const bool is_active = slot >= 0 && slot < op.num_slots;
+  const int64_t slot = step_slot(shape, op.state_indices, op.memories, op.num_memories, op.num_slots, seq);
   const auto row_of = [&](int i) { return kVFirst ? lane_idx / 2 * 4 + i / 4 * 64 + i % 4 : lane_idx / 2 + i * 16; };
   const auto store_output = [&](int64_t token, const float (&o)[4]) {
     T* dst = static_cast<T*>(op.o) + ((batch * shape.seqlen + token) * shape.num_value_heads + head) * shape.value_dim;
@@ -84,19 +83,10 @@ __global__ void __launch_bounds__(kStepThreads)
   };
   const float zeros[4] = {0.f, 0.f, 0.f, 0.f};
 
-  // Tokens outside every sequence
-  if (op.cu_seqlens != nullptr && (seq == 0 || seq == shape.num_seqs - 1)) {
-    int low = static_cast<int>(shape.seqlen), high = 0;
-    for (int64_t i = lane_idx; i <= shape.num_seqs; i += 32) {
-      low = min(low, static_cast<int>(clamped_cu_seqlen(op, i)));
-      high = max(high, static_cast<int>(clamped_cu_seqlen(op, i)));
-    }
-    low = warp_min(low);
-    high = warp_max(high);
-    for (int64_t token = 0; seq == 0 && token < low; ++token) store_output(token, zeros);
-    for (int64_t token = high; seq == shape.num_seqs - 1 && token < shape.seqlen; ++token) store_output(token, zeros);
-  }
-  if (!is_active) {
+  for_each_uncovered(shape, op.cu_seqlens, seq, [&](int64_t first, int64_t last) {
+    for (int64_t token = first; token < last; ++token) store_output(token, zeros);
+  });
+  if (slot < 0) {
     for (int64_t token = begin; token < end; ++token) store_output(token, zeros);
     return;
   }

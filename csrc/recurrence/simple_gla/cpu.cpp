@@ -42,7 +42,9 @@ void sum_shares(const SimpleGlaBwdParams& params, const Launch& launch) {
 
 int64_t simple_gla_fwd_workspace(const SimpleGlaFwdParams&, const Launch&) { return 0; }
 
-Error simple_gla_fwd(const SimpleGlaFwdParams& params, const Launch& launch) {
+Error simple_gla_fwd(const SimpleGlaFwdParams& given, const Launch& launch) {
+  std::vector<int32_t> offsets;
+  const SimpleGlaFwdParams params = with_rising_offsets(given, given.shape, offsets);
   const RecurrenceShape& shape = params.shape;
   const SimpleGlaCpuKernels& kernels = simple_gla_kernels(params.dtype);
   zero_uncovered(params.o, shape.num_value_heads * shape.value_dim * size_of(params.dtype), shape, params.cu_seqlens,
@@ -66,7 +68,9 @@ int64_t simple_gla_bwd_workspace(const SimpleGlaBwdParams& params, const Launch&
          size_of(params.state_dtype);
 }
 
-Error simple_gla_bwd(const SimpleGlaBwdParams& params, const Launch& launch) {
+Error simple_gla_bwd(const SimpleGlaBwdParams& given, const Launch& launch) {
+  std::vector<int32_t> offsets;
+  const SimpleGlaBwdParams params = with_rising_offsets(given, given.shape, offsets);
   const RecurrenceShape& shape = params.shape;
   const SimpleGlaCpuKernels& kernels = simple_gla_kernels(params.dtype);
   const auto zero = [&](void* data, int64_t row_bytes) {
@@ -103,7 +107,9 @@ Error simple_gla_bwd(const SimpleGlaBwdParams& params, const Launch& launch) {
   return nullptr;
 }
 
-Error simple_gla_step(const SimpleGlaStepParams& params, const Launch& launch) {
+Error simple_gla_step(const SimpleGlaStepParams& given, const Launch& launch) {
+  std::vector<int32_t> offsets;
+  const SimpleGlaStepParams params = with_rising_offsets(given, given.shape, offsets);
   const RecurrenceShape& shape = params.shape;
   const SimpleGlaCpuKernels& kernels = simple_gla_kernels(params.dtype);
   const int64_t head_bytes = shape.value_dim * size_of(params.dtype), row_bytes = shape.num_value_heads * head_bytes;

@@ -50,10 +50,8 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t state_size = head_dim * value_dim, num_parts = (state_size + kThreads - 1) / kThreads;
   const int64_t element = blockIdx.x % num_parts * kThreads + threadIdx.x, index = blockIdx.x / num_parts;
   const int64_t head = index % shape.num_value_heads, seq_idx = index / shape.num_value_heads;
+  const Sequence seq = find_sequence(shape, params.cu_seqlens, seq_idx);
   if (element >= state_size) return;
-  RecurrenceShape packed = shape;
-  if (params.rows != nullptr) packed.seqlen = shape.batch * shape.seqlen;
-  const Sequence seq = find_sequence(packed, params.cu_seqlens, seq_idx);
   const int64_t num_spans = (seq.num_tokens + params.span_tokens - 1) / params.span_tokens;
   const int64_t first_slot = seq.first_token / params.span_tokens + seq_idx;
   const int64_t k = element / value_dim, v = element % value_dim;

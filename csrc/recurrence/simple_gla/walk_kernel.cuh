@@ -44,14 +44,6 @@ struct RowMap {
   }
 };
 
-/// Sequences of packed positions: with rows, they run over the whole [B * T].
-__device__ __forceinline__ Sequence find_packed_sequence(const RecurrenceShape& shape, const int32_t* cu_seqlens,
-                                                         const int32_t* rows, int64_t seq_idx) {
-  RecurrenceShape packed = shape;
-  if (rows != nullptr) packed.seqlen = shape.batch * shape.seqlen;
-  return find_sequence(packed, cu_seqlens, seq_idx);
-}
-
 template <typename T, int ROWS, int COLS>
 __device__ __forceinline__ void copy_rows(uint32_t dst, const WalkTensor& tensor, int64_t head, int col0,
                                           const RowMap& map, int64_t position, int num_rows, bool is_aligned) {
@@ -203,7 +195,7 @@ __global__ void __launch_bounds__(kWalkThreads, 1) simple_gla_walk_kernel(const 
   const int64_t num_heads = shape.num_value_heads, head = index % num_heads;
   index /= num_heads;
   const int64_t span = index % params.num_spans, seq_idx = index / params.num_spans;
-  const Sequence seq = find_packed_sequence(shape, params.cu_seqlens, params.rows, seq_idx);
+  const Sequence seq = find_sequence(shape, params.cu_seqlens, seq_idx);
   const int64_t begin = span * params.span_tokens, end = min(begin + params.span_tokens, seq.num_tokens);
   if (span > 0 && begin >= end) return;
   const int num_tokens = static_cast<int>(end - begin), num_chunks = (num_tokens + BLOCK_T - 1) / BLOCK_T;

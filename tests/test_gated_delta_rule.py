@@ -79,6 +79,7 @@ LARGE = {
     "T=1000, correlated": Case(T=1000, keys="correlated", gate="model", state=1.0),
     "T=1000, no gate": Case(T=1000, gate="none", state=1.0),
     "T=300, gate zero": Case(T=300, gate="zero", state=1.0),
+    "T=400, correlated, beta two": Case(T=400, keys="correlated", beta="two", state=1.0),
     "K=256": Case(K=256, T=150, state=1.0),
     "V=256": Case(V=256, T=150, state=1.0),
     "K=V=256": Case(K=256, V=256, H=2, HV=2, T=70),

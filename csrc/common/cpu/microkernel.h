@@ -97,6 +97,34 @@ REMORA_INLINE void multiply(Vec<typename Op::Real> (&acc)[kChunk], const typenam
   multiply_add<Op>(acc, operand, panel, panel_stride, n);
 }
 
+/// Panels that a product takes side by side. Where 16 registers hold half of the accumulators and a broadcast is an
+/// instruction of its own, a broadcast word has to serve two vectors, or loads are what limits.
+template <class Op>
+constexpr int kPanelsAbreast = kNumRegisters == 16 && Op::kPack == 1 ? 2 : 1;
+
+/// out [kPanels][kChunk][width] = the sums of multiply for panels `distance` apart.
+template <class Op, int kPanels>
+REMORA_INLINE void multiply_abreast(typename Op::Real* out, const typename Op::Word* operand,
+                                    const typename Op::Word* panel, int64_t distance, int64_t n) {
+  using T = typename Op::Real;
+  using Word = typename Op::Word;
+  constexpr int w = kWidth<T>, rows = kChunk / kPanels;
+  for (int first = 0; first < kChunk; first += rows) {
+    Vec<T> acc[kPanels][rows] = {};
+    for (int64_t k = 0; k < n; ++k) {
+      const Word* x = operand + k * kChunk + first;
+      Vec<Word> y[kPanels];
+      unroll<kPanels>([&](auto p) REMORA_ALWAYS_INLINE { y[p] = load<Word>(panel + p * distance + k * w); });
+      unroll<rows>([&](auto i) REMORA_ALWAYS_INLINE {
+        unroll<kPanels>([&](auto p) REMORA_ALWAYS_INLINE { Op::accumulate(acc[p][i], x[i], y[p]); });
+      });
+    }
+    unroll<kPanels>([&](auto p) REMORA_ALWAYS_INLINE {
+      unroll<rows>([&](auto i) REMORA_ALWAYS_INLINE { store<T>(out + (p * kChunk + first + i) * w, acc[p][i]); });
+    });
+  }
+}
+
 /// Matrix [kChunk][kChunk] of products of the tokens of two operands.
 template <class Op>
 REMORA_INLINE void multiply_tokens(typename Op::Real* out, const typename Op::Word* rows,
@@ -294,6 +322,34 @@ REMORA_INLINE void rank_update(Panel<Op> panel, int64_t padded, typename Op::Rea
       unroll<rows>([&](auto r) REMORA_ALWAYS_INLINE { store<T>(panel.values + (k + r) * w, s[r]); });
       unroll<rows / 2>([&](auto r) REMORA_ALWAYS_INLINE { panel.pack(k + 2 * r, s[2 * r], s[2 * r + 1]); });
     }
+  }
+}
+
+/// rank_update of panels `distance` apart, for an Op that does not pack; u [kTerms][kPanels][kChunk][width].
+template <class Op, int kPanels, int kTerms>
+REMORA_INLINE void rank_update_abreast(typename Op::Real* panel, int64_t distance, int64_t padded,
+                                       typename Op::Real decay, const typename Op::Word* const (&x)[kTerms],
+                                       const typename Op::Real* u) {
+  using T = typename Op::Real;
+  constexpr int w = kWidth<T>, rows = kChunk / kPanels;
+  for (int64_t k = 0; k < padded; k += rows) {
+    Vec<T> s[kPanels][rows];
+    const auto at = [&](auto p, auto r) REMORA_ALWAYS_INLINE { return panel + p * distance + (k + r) * w; };
+    const auto each = [&](auto f) REMORA_ALWAYS_INLINE {
+      unroll<rows>([&](auto r)
+                       REMORA_ALWAYS_INLINE { unroll<kPanels>([&](auto p) REMORA_ALWAYS_INLINE { f(p, r); }); });
+    };
+    each([&](auto p, auto r) REMORA_ALWAYS_INLINE { s[p][r] = load<T>(at(p, r)) * decay; });
+    unroll<kTerms>([&](auto term) REMORA_ALWAYS_INLINE {
+      const T* xk = x[term] + k * kChunk;
+      for (int i = 0; i < kChunk; ++i) {
+        Vec<T> y[kPanels];
+        unroll<kPanels>([&](auto p)
+                            REMORA_ALWAYS_INLINE { y[p] = load<T>(u + ((term * kPanels + p) * kChunk + i) * w); });
+        each([&](auto p, auto r) REMORA_ALWAYS_INLINE { Op::accumulate(s[p][r], xk[r * kChunk + i], y[p]); });
+      }
+    });
+    each([&](auto p, auto r) REMORA_ALWAYS_INLINE { store<T>(at(p, r), s[p][r]); });
   }
 }
 

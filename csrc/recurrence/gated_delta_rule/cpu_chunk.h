@@ -142,6 +142,8 @@ struct OutputTile {
   const ChunkRows<kChunk>& rows;
   int64_t tokens, lanes;
 
+  REMORA_INLINE OutputTile columns_from(int64_t column) const { return {data + column, stride, rows, tokens, lanes}; }
+
   template <class T>
   REMORA_INLINE void store_row(int64_t i, Vec<T> row) const {
     E* const out = data + rows.at[i].row * stride;
@@ -153,14 +155,11 @@ struct OutputTile {
   }
 };
 
-/// r_i = v_i - (state entering token i, decayed)^T k_i of one panel: what the chunk's start explains, then the tokens
-/// before i one after the other. On return `u` holds beta_i r_i.
-template <class Op, class E>
-REMORA_INLINE void solve_tile(Vec<typename Op::Real> (&u)[kChunk], const KeyChunk<Op>& key,
-                              const ValueChunk<typename Op::Real>& value, const Panel<Op>& state, int64_t padded,
-                              const Tile<E>& v, typename Op::Real* residual, int64_t residual_stride) {
-  using T = typename Op::Real;
-  multiply_panel<Op>(u, key.k, state, padded);
+/// From u_i = (state entering the chunk)^T k_i of one panel to r_i = v_i - (state entering token i, decayed)^T k_i:
+/// what the chunk's start explains, then the tokens before i one after the other. On return `u` holds beta_i r_i.
+template <class T, class E>
+REMORA_INLINE void solve_tokens(Vec<T> (&u)[kChunk], const ValueChunk<T>& value, const Tile<E>& v, T* residual,
+                                int64_t residual_stride) {
   unroll<kChunk>([&](auto i) REMORA_ALWAYS_INLINE { u[i] = load<T>(v.row[i]) - u[i] * value.k_read[i]; });
   unroll<kChunk>([&](auto j) REMORA_ALWAYS_INLINE {
     if (residual) store<T>(residual + j * residual_stride, u[j]);
@@ -170,6 +169,14 @@ REMORA_INLINE void solve_tile(Vec<typename Op::Real> (&u)[kChunk], const KeyChun
       u[i] -= u[j] * value.lower[i * kChunk + j];
     });
   });
+}
+
+template <class Op, class E>
+REMORA_INLINE void solve_tile(Vec<typename Op::Real> (&u)[kChunk], const KeyChunk<Op>& key,
+                              const ValueChunk<typename Op::Real>& value, const Panel<Op>& state, int64_t padded,
+                              const Tile<E>& v, typename Op::Real* residual, int64_t residual_stride) {
+  multiply_panel<Op>(u, key.k, state, padded);
+  solve_tokens(u, value, v, residual, residual_stride);
 }
 
 /// Writes the solved tokens into the panel: state = total * state + (k to_end)^T u.

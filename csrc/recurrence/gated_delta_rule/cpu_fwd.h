@@ -5,6 +5,17 @@
 
 namespace remora::REMORA_CPU_ISA {
 
+/// O of one panel from what the queries read of the chunk's first state, [kChunk][width], and the solved tokens.
+template <class T, class E>
+REMORA_INLINE void store_outputs(const T* read, const Vec<T> (&u)[kChunk], const ValueChunk<T>& value,
+                                 const OutputTile<E>& o) {
+  unroll<kChunk>([&](auto i) REMORA_ALWAYS_INLINE {
+    Vec<T> sum = load<T>(read + i * kWidth<T>);
+    unroll<i + 1>([&](auto j) REMORA_ALWAYS_INLINE { sum += u[j] * value.attn[i * kChunk + j]; });
+    o.template store_row<T>(i, sum);
+  });
+}
+
 template <class Op, class E>
 REMORA_INLINE void fwd_tile(const KeyChunk<Op>& key, const ValueChunk<typename Op::Real>& value, const Panel<Op>& state,
                             int64_t padded, const Tile<E>& v, const OutputTile<E>& o) {
@@ -18,19 +29,41 @@ REMORA_INLINE void fwd_tile(const KeyChunk<Op>& key, const ValueChunk<typename O
   }
   Vec<T> u[1][kChunk];
   solve_tile<Op>(u[0], key, value, state, padded, v, static_cast<T*>(nullptr), 0);
-  unroll<kChunk>([&](auto i) REMORA_ALWAYS_INLINE {
-    Vec<T> sum = load<T>(read + i * w);
-    unroll<i + 1>([&](auto j) REMORA_ALWAYS_INLINE { sum += u[0][j] * value.attn[i * kChunk + j]; });
-    o.template store_row<T>(i, sum);
-  });
+  store_outputs(read, u[0], value, o);
   write_tile<Op>(u, key, value, state, padded);
+}
+
+/// The same for whole panels side by side.
+template <class Op, int kTiles, class E>
+REMORA_INLINE void fwd_tiles(const KeyChunk<Op>& key, const ValueChunk<typename Op::Real>& value,
+                             typename Op::Real* state, int64_t padded, const Tile<E> (&v)[kTiles],
+                             const OutputTile<E>& o) {
+  using T = typename Op::Real;
+  constexpr int w = kWidth<T>;
+  const int64_t distance = padded * w;
+  alignas(64) T read[kTiles * kChunk * w], solved[kTiles * kChunk * w];
+  multiply_abreast<Op, kTiles>(read, key.q, state, distance, padded);
+  multiply_abreast<Op, kTiles>(solved, key.k, state, distance, padded);
+  for (int tile = 0; tile < kTiles; ++tile) {
+    T* const tile_read = read + tile * kChunk * w;
+    T* const tile_solved = solved + tile * kChunk * w;
+    Vec<T> u[kChunk];
+    unroll<kChunk>([&](auto i) REMORA_ALWAYS_INLINE {
+      store<T>(tile_read + i * w, load<T>(tile_read + i * w) * value.q_read[i]);
+      u[i] = load<T>(tile_solved + i * w);
+    });
+    solve_tokens(u, value, v[tile], static_cast<T*>(nullptr), 0);
+    store_outputs(tile_read, u, value, o.columns_from(tile * w));
+    unroll<kChunk>([&](auto i) REMORA_ALWAYS_INLINE { store<T>(tile_solved + i * w, u[i] * value.k_write[i]); });
+  }
+  rank_update_abreast<Op, kTiles, 1>(state, distance, padded, value.total, {key.k_pairs()}, solved);
 }
 
 template <class Op, class E, class Saved>
 void fwd(const GatedDeltaRuleFwdParams& p, const RecurrenceSequence& sequence, int64_t value_head,
          GatedDeltaRuleColumns part, void* buffer) {
   using T = typename Op::Real;
-  constexpr int w = kWidth<T>;
+  constexpr int w = kWidth<T>, abreast = kPanelsAbreast<Op>;
   const RecurrenceShape& shape = p.shape;
   const int64_t dims = shape.head_dim, columns = shape.value_dim, value_heads = shape.num_value_heads;
   const int64_t padded = pad(dims);
@@ -67,22 +100,33 @@ void fwd(const GatedDeltaRuleFwdParams& p, const RecurrenceSequence& sequence, i
                          static_cast<const T*>(p.beta) + value_head, value_heads, rows, tokens,
                          static_cast<T>(p.scale));
     const Tile<E> v_rows = head_tile<E>(p.v, p.v_stride, value_head, rows);
-    for (int64_t tile = first_tile; tile < end_tile; ++tile) {
-      const int64_t j = tile * w, lanes = min(w, columns - j);
-      // A share of the next chunk's rows is on its way while this panel is worked on.
+    // Whole panels abreast; which ones these are depends on the shape alone.
+    const int64_t end_abreast = abreast > 1 ? min(end_tile, columns / (abreast * w) * abreast) : first_tile;
+    for (int64_t tile = first_tile; tile < end_tile;) {
+      const int64_t count = tile < end_abreast ? abreast : 1;
+      // A share of the next chunk's rows is on its way while these panels are worked on.
       const int64_t next = t + kChunk, share = end_tile - first_tile;
       for (int64_t i = next + kChunk * (tile - first_tile) / share;
-           i < min(next + kChunk * (tile - first_tile + 1) / share, sequence.length); ++i) {
+           i < min(next + kChunk * (tile - first_tile + count) / share, sequence.length); ++i) {
         const TokenRow row = sequence.at(shape, i);
         prefetch_row(static_cast<const E*>(p.q) + row.offset(p.q_stride) + head * p.q_stride.head, dims);
         prefetch_row(static_cast<const E*>(p.k) + row.offset(p.k_stride) + head * p.k_stride.head, dims);
         prefetch_row(static_cast<const E*>(p.v) + row.offset(p.v_stride) + value_head * p.v_stride.head, columns);
       }
-      E copy[kChunk * w];
-      const Tile<E> v_tile = whole_tile(v_rows.columns_from(j), tokens, lanes, w, copy);
-      const OutputTile<E> o_tile{static_cast<E*>(p.o) + value_head * columns + j, value_heads * columns, rows, tokens,
-                                 lanes};
-      fwd_tile<Op>(key, value, scratch.panel(tile, padded), padded, v_tile, o_tile);
+      E copy[abreast][kChunk * w];
+      Tile<E> v_tiles[abreast];
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t j = (tile + i) * w;
+        v_tiles[i] = whole_tile(v_rows.columns_from(j), tokens, min(w, columns - j), w, copy[i]);
+      }
+      const OutputTile<E> o_tile{static_cast<E*>(p.o) + value_head * columns + tile * w, value_heads * columns, rows,
+                                 tokens, min(w, columns - tile * w)};
+      const Panel<Op> panel = scratch.panel(tile, padded);
+      if constexpr (abreast > 1) {
+        if (count == abreast) fwd_tiles<Op, abreast>(key, value, panel.values, padded, v_tiles, o_tile);
+      }
+      if (count == 1) fwd_tile<Op>(key, value, panel, padded, v_tiles[0], o_tile);
+      tile += count;
     }
   }
 

@@ -79,19 +79,19 @@ class Inputs:
         bounds = [(b * case.T, (b + 1) * case.T) for b in range(case.B)]
         if self.cu_seqlens is not None:
             bounds = list(zip(self.cu_seqlens.tolist(), self.cu_seqlens.tolist()[1:], strict=False))
-        real = torch.ones(case.B * case.T, dtype=torch.bool) if self.mask is None else self.mask.flatten()
+        real = [True] * (case.B * case.T) if self.mask is None else self.mask.flatten().tolist()
         keep = torch.zeros(case.B * case.T, case.k + case.shared, dtype=torch.bool)
-        chosen = self.indices.flatten(0, 1)
+        chosen = self.indices.flatten(0, 1).tolist()
         for begin, end in bounds:
             for m in range(case.M):
-                seen = [(t, j) for t in range(begin, end) for j in range(case.k) if real[t] and chosen[t, j] == m]
+                seen = [(t, j) for t in range(begin, end) for j in range(case.k) if real[t] and chosen[t][j] == m]
                 if case.capacity is not None:
                     size = min(case.capacity, len(seen))
                     seen = seen[len(seen) - size :] if case.drop == "oldest" else seen[:size]
                 for t, j in seen:
                     keep[t, j] = True
             if case.shared:
-                keep[begin:end, case.k] = real[begin:end]
+                keep[begin:end, case.k] = torch.tensor(real[begin:end], dtype=torch.bool)
         return keep.view(case.B, case.T, -1)
 
 

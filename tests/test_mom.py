@@ -96,13 +96,14 @@ def plan_by_hand(indices, M, bounds, shared, capacity, drop, mask):
     B, T, k = indices.shape
     segments = []
     seen = set()
+    chosen, real = indices.flatten(0, 1).tolist(), mask.flatten().tolist()
     for begin, end in bounds:
         for m in range(M + shared):
             rows = [
                 j * B * T + t
                 for t in range(begin, end)
                 for j in range(k + shared)
-                if mask.view(-1)[t] and (m == M if j == k else m < M and indices.view(-1, k)[t, j] == m)
+                if real[t] and (m == M if j == k else m < M and chosen[t][j] == m)
             ]
             if capacity is not None and m < M:
                 rows = rows[:capacity] if drop == "newest" else rows[len(rows) - min(capacity, len(rows)) :]
@@ -193,7 +194,7 @@ CASES = {
     "one choice": Case(k=1, M=2),
     "one memory": Case(k=1, M=1),
     "all memories": Case(k=3, M=3),
-    "many memories": Case(k=1, M=1000, K=4, V=4, T=9),
+    "many memories": Case(B=1, T=9, HV=1, K=4, V=4, M=40, k=3),
     "collapsed": Case(T=90, routing="collapsed", k=1),
     "a memory without tokens": Case(routing="one unused"),
     "packed": Case(B=1, T=70, lengths=(20, 0, 1, 49), shared=True),
@@ -246,6 +247,24 @@ def test_a_memory_without_tokens_keeps_its_state_to_the_bit():
     _, state = inputs.call()
     assert torch.equal(state[:, 1:], inputs.tensors["initial_state"][:, 1:])
     assert not torch.equal(state[:, 0], inputs.tensors["initial_state"][:, 0])
+
+
+@pytest.mark.cpu_only
+def test_a_thousand_memories_of_which_three_are_used():
+    """The same bits as with three, and the states of the others as they were."""
+    few = make_inputs(Case(B=1, M=3, K=4, V=4), requires_grad=False)
+    names = torch.tensor([7, 500, 1000])
+    states = torch.randn(1, 1001, 2, 4, 4)
+    states[:, names] = few.tensors["initial_state"]
+    many = replace(
+        few, case=replace(few.case, M=1001), indices=names[few.indices.long()],
+        tensors=few.tensors | {"initial_state": states},
+    )  # fmt: skip
+    (o, final), (want, want_final) = many.call(), few.call()
+    assert torch.equal(o, want)
+    assert torch.equal(final[:, names], want_final)
+    used = torch.zeros(1001, dtype=torch.bool).index_fill(0, names, True)
+    assert torch.equal(final[:, ~used], states[:, ~used])
 
 
 @pytest.mark.cpu_only

@@ -75,7 +75,6 @@ def test_forward(case, dtype, shared):
     assert torch.equal(final, want_final)
 
 
-@pytest.mark.cpu_only
 @dtypes
 @shared
 @cases
@@ -110,7 +109,6 @@ def test_no_row_or_offset_reaches_outside(case, dtype):
         assert torch.equal(a, b)
 
 
-@pytest.mark.cpu_only
 @dtypes
 @cases
 def test_no_row_or_offset_reaches_outside_backward(case, dtype):
@@ -150,11 +148,3 @@ def test_step_with_memories(dtype, pool):
             )
             assert torch.equal(o[b, t], alone[0, 0])
     assert torch.equal(routed, single)
-
-
-@pytest.mark.sim_only
-def test_cuda_refuses_the_gradient_of_rows():
-    routed = Routed(torch.float32, shared=False, **CASES["collapsed"])
-    saved = routed.forward(routed.tensors, routed.rows)[2]
-    with pytest.raises(RuntimeError, match="does not take rows"):
-        routed.backward(routed.tensors, saved, routed.d_o, routed.rows)

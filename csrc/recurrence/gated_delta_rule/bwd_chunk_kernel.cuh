@@ -44,10 +44,36 @@ __device__ __forceinline__ void load_tile(uint32_t dst, const TSource* src, int6
   }
 }
 
-/// Writes the first rows and columns of a tile to global memory.
+/// Rows of a chunk of tokens to a tile. `src` is the first of them or, with `rows`, the first row of the tensor, and
+/// `rows` those of the chunk.
 template <typename T, int ROWS, int COLS, int kNumThreads>
-__device__ __forceinline__ void store_tile(T* dst, int64_t stride, int num_rows, int num_cols, uint32_t src,
-                                           bool is_aligned) {
+__device__ __forceinline__ void load_tokens(uint32_t dst, const T* src, const TokenStrides& stride,
+                                            const RecurrenceShape& shape, const int32_t* rows, int num_rows,
+                                            int num_cols, bool is_aligned, int thread_idx) {
+  if (rows == nullptr) {
+    copy_tile_async<T, ROWS, COLS, kNumThreads>(dst, src, stride.token, num_rows, num_cols, is_aligned, thread_idx);
+    return;
+  }
+  constexpr int kElements = 16 / sizeof(T), kUnits = COLS / kElements;
+  const int col = thread_idx % kUnits * kElements;
+#pragma unroll 1
+  for (int row = thread_idx / kUnits; row < ROWS; row += kNumThreads / kUnits) {
+    const bool valid = row < num_rows && col < num_cols;
+    const T* from = valid ? src + routed_row(shape, rows[row]).offset(stride) + col : src;
+    const uint32_t to = dst + SmemTile<T, COLS>::offset(row, col);
+    if (is_aligned) {
+      cp_async_16(to, from, valid);
+    } else {
+      store_shared(to, load_unaligned_16(from, valid ? num_cols - col : 0));
+    }
+  }
+}
+
+/// Writes the first rows and columns of a tile to global memory: to rows of `stride` elements from `dst` on or, with
+/// `rows`, to those of them.
+template <typename T, int ROWS, int COLS, int kNumThreads>
+__device__ __forceinline__ void store_tokens(T* dst, int64_t stride, const RecurrenceShape& shape, const int32_t* rows,
+                                             int num_rows, int num_cols, uint32_t src, bool is_aligned) {
   constexpr int kElements = 16 / sizeof(T), kUnits = COLS / kElements;
   for (int i = threadIdx.x; i < ROWS * kUnits; i += kNumThreads) {
     const int row = i / kUnits, col = i % kUnits * kElements;
@@ -57,7 +83,7 @@ __device__ __forceinline__ void store_tile(T* dst, int64_t stride, int num_rows,
       T element[kElements];
     } x;
     x.vector = load_shared_4(src + SmemTile<T, COLS>::offset(row, col));
-    T* out = dst + row * stride + col;
+    T* out = dst + (rows == nullptr ? row : routed_row(shape, rows[row]).row) * stride + col;
     if (is_aligned) {
       *reinterpret_cast<float4*>(out) = x.vector;
     } else {
@@ -69,17 +95,19 @@ __device__ __forceinline__ void store_tile(T* dst, int64_t stride, int num_rows,
   }
 }
 
-/// g (null: 0) and beta of the tokens of a chunk, zero past its end.
+/// g (null: 0) and beta of the tokens of a chunk, zero past its end; pointers and `rows` as those of load_tokens.
 template <int BLOCK_T>
 __device__ __forceinline__ void load_gates(ChunkCoefficients<BLOCK_T>& coef, const float* g, const float* beta,
-                                           int64_t stride, int num_tokens, int thread_idx) {
+                                           int64_t stride, const RecurrenceShape& shape, const int32_t* rows,
+                                           int num_tokens, int thread_idx) {
   if (thread_idx >= BLOCK_T) return;
   const bool valid = thread_idx < num_tokens;
-  cp_async_4(smem_address(&coef.beta[thread_idx]), valid ? beta + thread_idx * stride : beta, valid);
+  const int64_t row = !valid ? 0 : rows == nullptr ? thread_idx : routed_row(shape, rows[thread_idx]).row;
+  cp_async_4(smem_address(&coef.beta[thread_idx]), beta + row * stride, valid);
   if (g == nullptr) {
     coef.g[thread_idx] = 0.f;
   } else {
-    cp_async_4(smem_address(&coef.g[thread_idx]), valid ? g + thread_idx * stride : g, valid);
+    cp_async_4(smem_address(&coef.g[thread_idx]), g + row * stride, valid);
   }
 }
 
@@ -290,8 +318,10 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
   const int64_t slot = blockIdx.x / num_heads, key_head = blockIdx.x % num_heads;
   const Chunk chunk = find_chunk<BLOCK_T>(shape, params.cu_seqlens, slot);
   if (chunk.num_tokens == 0) return;
-  const int64_t batch_idx = chunk.first_token / shape.seqlen, token_idx = chunk.first_token % shape.seqlen;
   const int num_tokens = chunk.num_tokens;
+  // Of the chunk; offsets are those of its first token or, with rows, of the first row.
+  const int32_t* rows = params.rows == nullptr ? nullptr : params.rows + chunk.first_token;
+  const TokenRow first = rows == nullptr ? row_at(shape, nullptr, chunk.first_token) : TokenRow{0, 0, 0};
   const int num_earlier = static_cast<int>(chunk.chunk_idx % Traits::kChunksPerState);
   const int64_t state_slot = first_state_slot(chunk.first_token - chunk.chunk_idx * BLOCK_T, chunk.seq_idx) +
                              chunk.chunk_idx / Traits::kChunksPerState;
@@ -300,24 +330,23 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
   const int head_dim = static_cast<int>(shape.head_dim), value_dim = static_cast<int>(shape.value_dim);
   const float scale = static_cast<float>(params.scale);
   const TokenStrides &q_stride = params.q_stride, &k_stride = params.k_stride, &v_stride = params.v_stride;
-  const T* gmem_k = static_cast<const T*>(params.k) + batch_idx * k_stride.batch + token_idx * k_stride.token +
-                    key_head * k_stride.head;
-  load_tile<T, BLOCK_T, HEAD_DIM, kNumThreads>(smem_k, gmem_k, k_stride.token, num_tokens, head_dim, is_aligned);
+  const T* gmem_k = static_cast<const T*>(params.k) + first.offset(k_stride) + key_head * k_stride.head;
+  load_tokens<T, BLOCK_T, HEAD_DIM, kNumThreads>(smem_k, gmem_k, k_stride, shape, rows, num_tokens, head_dim,
+                                                 is_aligned, threadIdx.x);
   if (threadIdx.x == 0) {
     smem.source.k = gmem_k;
-    smem.source.q = static_cast<const T*>(params.q) + batch_idx * q_stride.batch + token_idx * q_stride.token +
-                    key_head * q_stride.head;
+    smem.source.q = static_cast<const T*>(params.q) + first.offset(q_stride) + key_head * q_stride.head;
   }
 
   for (int group_idx = 0; group_idx < group_size; ++group_idx) {
     const int64_t head = key_head * group_size + group_idx;
     const int64_t gate_stride = shape.num_value_heads;
-    const int64_t token_head = chunk.first_token * gate_stride + head;  // of [B, T, HV]
+    const int64_t token_head = first.row * gate_stride + head;  // of [B, T, HV]
     const int64_t value_stride = gate_stride * value_dim;
+    const TokenStrides d_o_stride = {shape.seqlen * value_stride, value_stride, value_dim};
     if (threadIdx.x == 0) {
       auto& to = smem.source;
-      to.v = static_cast<const T*>(params.v) + batch_idx * v_stride.batch + token_idx * v_stride.token +
-             head * v_stride.head;
+      to.v = static_cast<const T*>(params.v) + first.offset(v_stride) + head * v_stride.head;
       to.d_o = static_cast<const T*>(params.d_o) + token_head * value_dim;
       to.dv = static_cast<T*>(params.dv) + token_head * value_dim;
       to.state =
@@ -328,31 +357,35 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
     }
     __syncthreads();
 
+    const auto earlier_rows = [&](int num_back) { return rows == nullptr ? nullptr : rows - num_back * BLOCK_T; };
     const auto load_earlier_keys = [&](int num_back) {
-      const int64_t back = num_back * BLOCK_T;
-      load_tile<T, BLOCK_T, HEAD_DIM, kNumThreads>(smem_q, smem.source.k - back * k_stride.token, k_stride.token,
-                                                   BLOCK_T, head_dim, is_aligned);
+      const int64_t back = rows == nullptr ? num_back * BLOCK_T : 0;
+      load_tokens<T, BLOCK_T, HEAD_DIM, kNumThreads>(smem_q, smem.source.k - back * k_stride.token, k_stride, shape,
+                                                     earlier_rows(num_back), BLOCK_T, head_dim, is_aligned,
+                                                     threadIdx.x);
       load_gates(smem.coef[1], smem.source.g == nullptr ? nullptr : smem.source.g - back * gate_stride,
-                 smem.source.beta - back * gate_stride, gate_stride, BLOCK_T, threadIdx.x);
+                 smem.source.beta - back * gate_stride, gate_stride, shape, earlier_rows(num_back), BLOCK_T,
+                 threadIdx.x);
     };
-    const auto load_earlier_values = [&](uint32_t dst, int num_back, int v0) {
-      load_tile<T, BLOCK_T, BLOCK_V, kNumThreads>(dst, smem.source.v - num_back * BLOCK_T * v_stride.token + v0,
-                                                  v_stride.token, BLOCK_T, min(BLOCK_V, value_dim - v0), is_aligned);
+    const auto load_values = [&](uint32_t dst, const T* src, const TokenStrides& stride, int num_back, int v0) {
+      load_tokens<T, BLOCK_T, BLOCK_V, kNumThreads>(
+          dst, src - (rows == nullptr ? num_back * BLOCK_T : 0) * stride.token + v0, stride, shape,
+          earlier_rows(num_back), num_back > 0 ? BLOCK_T : num_tokens, min(BLOCK_V, value_dim - v0), is_aligned,
+          threadIdx.x);
     };
     const auto load_stage = [&](typename Smem::Stage& stage, int v0) {
       const int num_cols = min(BLOCK_V, value_dim - v0);
       load_tile<T, HEAD_DIM, BLOCK_V, kNumThreads>(smem_address(stage.state), smem.source.state + v0, value_dim,
                                                    head_dim, num_cols, is_aligned);
-      load_tile<T, BLOCK_T, BLOCK_V, kNumThreads>(smem_address(stage.u), smem.source.v + v0, v_stride.token, num_tokens,
-                                                  num_cols, is_aligned);
-      load_tile<T, BLOCK_T, BLOCK_V, kNumThreads>(smem_address(stage.dv), smem.source.dv + v0, value_stride, num_tokens,
-                                                  num_cols, is_aligned);
-      load_tile<T, BLOCK_T, BLOCK_V, kNumThreads>(smem_address(stage.d_o), smem.source.d_o + v0, value_stride,
-                                                  num_tokens, num_cols, is_aligned);
+      load_values(smem_address(stage.u), smem.source.v, v_stride, 0, v0);
+      load_values(smem_address(stage.dv), smem.source.dv, d_o_stride, 0, v0);
+      load_values(smem_address(stage.d_o), smem.source.d_o, d_o_stride, 0, v0);
       load_tile<T, BLOCK_V, HEAD_DIM, kNumThreads>(smem_address(stage.d_state),
                                                    smem.source.d_state + int64_t{v0} * HEAD_DIM, HEAD_DIM, num_cols,
                                                    HEAD_DIM, true);
-      if (kPreparesBoth && num_earlier > 0) load_earlier_values(smem_address(stage.earlier_u), 1, v0);
+      if (kPreparesBoth && num_earlier > 0) {
+        load_values(smem_address(stage.earlier_u), smem.source.v, v_stride, 1, v0);
+      }
       cp_async_commit();
     };
     const auto chunk_tiles = [&](int idx, uint32_t keys, uint32_t scratch) {
@@ -360,7 +393,7 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
     };
 
     // Gates, norms and inverses
-    load_gates(smem.coef[0], smem.source.g, smem.source.beta, gate_stride, num_tokens, threadIdx.x);
+    load_gates(smem.coef[0], smem.source.g, smem.source.beta, gate_stride, shape, rows, num_tokens, threadIdx.x);
     if (kPreparesBoth && num_earlier > 0) load_earlier_keys(1);
     cp_async_commit();
     if constexpr (kNumStages == 2) {
@@ -409,7 +442,7 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
       for (int num_back = num_earlier; num_back > 0; --num_back) {
         if constexpr (!kPreparesBoth) {
           static_assert(sizeof(smem.residual) >= CausalTile<float, BLOCK_T>::SIZE || kPreparesBoth);
-          load_earlier_values(smem_earlier_u, num_back, v0);
+          load_values(smem_earlier_u, smem.source.v, v_stride, num_back, v0);
           const bool is_ready = earlier_ready == num_back;
           if (!is_ready) load_earlier_keys(num_back);
           cp_async_commit();
@@ -427,8 +460,8 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
         advance_state<Traits>(r, smem_q, smem_state, smem_earlier_u, smem.coef[1]);
       }
       if (is_last) {
-        load_tile<T, BLOCK_T, HEAD_DIM, kNumThreads>(smem_q, smem.source.q, q_stride.token, num_tokens, head_dim,
-                                                     is_aligned);
+        load_tokens<T, BLOCK_T, HEAD_DIM, kNumThreads>(smem_q, smem.source.q, q_stride, shape, rows, num_tokens,
+                                                       head_dim, is_aligned, threadIdx.x);
         cp_async_commit();
       }
 
@@ -451,8 +484,8 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
         }
       }
       __syncthreads();
-      store_tile<T, BLOCK_T, BLOCK_V, kNumThreads>(smem.source.dv + v0, value_stride, num_tokens,
-                                                   min(BLOCK_V, value_dim - v0), smem_dv, is_aligned);
+      store_tokens<T, BLOCK_T, BLOCK_V, kNumThreads>(smem.source.dv + v0, value_stride, shape, rows, num_tokens,
+                                                     min(BLOCK_V, value_dim - v0), smem_dv, is_aligned);
 
       // Products that contract V
 #pragma unroll 1
@@ -633,8 +666,9 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
         dg[part] += carry + (lane_idx == 0 ? 0.f : below);
         carry += __shfl_sync(kFullWarp, earlier, 31);
         if (token < num_tokens) {
-          if (params.dg != nullptr) static_cast<float*>(params.dg)[token_head + token * gate_stride] = dg[part];
-          static_cast<float*>(params.dbeta)[token_head + token * gate_stride] =
+          const int64_t row = rows == nullptr ? token : routed_row(shape, rows[token]).row;
+          if (params.dg != nullptr) static_cast<float*>(params.dg)[token_head + row * gate_stride] = dg[part];
+          static_cast<float*>(params.dbeta)[token_head + row * gate_stride] =
               smem.row_sums[2][0][token] + smem.row_sums[2][1][token];
         }
       }
@@ -728,11 +762,11 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
       }
     }
     __syncthreads();
-    const int64_t out = (chunk.first_token * shape.num_heads + key_head) * head_dim;
-    store_tile<T, BLOCK_T, HEAD_DIM, kNumThreads>(static_cast<T*>(params.dq) + out, shape.num_heads * head_dim,
-                                                  num_tokens, head_dim, smem_q, is_aligned);
-    store_tile<T, BLOCK_T, HEAD_DIM, kNumThreads>(static_cast<T*>(params.dk) + out, shape.num_heads * head_dim,
-                                                  num_tokens, head_dim, smem_k, is_aligned);
+    const int64_t out_stride = shape.num_heads * head_dim, out = first.row * out_stride + key_head * head_dim;
+    store_tokens<T, BLOCK_T, HEAD_DIM, kNumThreads>(static_cast<T*>(params.dq) + out, out_stride, shape, rows,
+                                                    num_tokens, head_dim, smem_q, is_aligned);
+    store_tokens<T, BLOCK_T, HEAD_DIM, kNumThreads>(static_cast<T*>(params.dk) + out, out_stride, shape, rows,
+                                                    num_tokens, head_dim, smem_k, is_aligned);
   }
 }
 

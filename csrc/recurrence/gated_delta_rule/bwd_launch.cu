@@ -5,16 +5,21 @@
 #include <cuda_fp16.h>
 
 #include "recurrence/gated_delta_rule/launch.h"
+#include "recurrence/sequence.cuh"
 
 namespace remora {
 namespace {
 
-/// Zero gradients for tokens outside every sequence. Grid: one CTA per token.
+/// Zero gradients for tokens outside every sequence. Grid: one CTA per packed position.
 __global__ void __launch_bounds__(128)
     gated_delta_rule_bwd_padding_kernel(const __grid_constant__ GatedDeltaRuleBwdParams params) {
   const RecurrenceShape& shape = params.shape;
-  const int64_t token = blockIdx.x;
-  if (token >= params.cu_seqlens[0] && token < params.cu_seqlens[shape.num_seqs]) return;
+  const int64_t position = blockIdx.x;
+  if (position >= find_offset(shape, params.cu_seqlens, 0) &&
+      position < find_offset(shape, params.cu_seqlens, shape.num_seqs)) {
+    return;
+  }
+  const int64_t token = row_at(shape, params.rows, position).row;
   const int64_t element_size = size_of(params.dtype);
   const auto zero = [&](void* tensor, int64_t row_size) {
     auto* row = static_cast<uint16_t*>(tensor) + token * (row_size / 2);
@@ -55,13 +60,12 @@ int64_t gated_delta_rule_bwd_workspace(const GatedDeltaRuleBwdParams& params, co
 }
 
 Error gated_delta_rule_bwd(const GatedDeltaRuleBwdParams& params, const Launch& launch) {
-  if (params.rows != nullptr) return "gated_delta_rule_bwd on CUDA does not take rows";
   if (params.shape.head_dim > 128) {
     return "gated_delta_rule_bwd on CUDA supports head_dim (K) up to 128: its accumulators fill the register file";
   }
   if (params.dtype == DType::kFloat64) return "gated_delta_rule_bwd on CUDA supports float32, bfloat16 and float16";
   if (params.cu_seqlens != nullptr) {
-    gated_delta_rule_bwd_padding_kernel<<<dim3(static_cast<unsigned>(params.shape.seqlen)), 128, 0,
+    gated_delta_rule_bwd_padding_kernel<<<dim3(static_cast<unsigned>(params.shape.batch * params.shape.seqlen)), 128, 0,
                                           static_cast<cudaStream_t>(launch.stream)>>>(params);
     if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return cudaGetErrorString(error);
   }

@@ -96,7 +96,9 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
   const int64_t seq_idx = blockIdx.x / num_v_tiles / shape.num_value_heads;
   const int64_t key_head = head / (shape.num_value_heads / shape.num_heads);
   const Sequence seq = find_sequence(shape, params.cu_seqlens, seq_idx);
-  const int64_t batch_idx = seq.first_token / shape.seqlen, token_idx = seq.first_token % shape.seqlen;
+  // Offsets are those of the first token or, with rows, of the first row.
+  const bool is_routed = params.rows != nullptr;
+  const TokenRow first = is_routed ? TokenRow{0, 0, 0} : row_at(shape, nullptr, seq.first_token);
   const int seq_tokens = static_cast<int>(seq.num_tokens), num_chunks = (seq_tokens + BLOCK_T - 1) / BLOCK_T;
   const int head_dim = static_cast<int>(shape.head_dim), value_dim = static_cast<int>(shape.value_dim);
   const int v0 = static_cast<int>(blockIdx.x % num_v_tiles) * BLOCK_V;
@@ -108,11 +110,11 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
     constexpr int kGroupThreads = Traits::kNumPrepareWarps * 32;
     const int group_idx = warp_idx / Traits::kNumPrepareWarps - kNumChainWarps / Traits::kNumPrepareWarps;
     const int thread_idx = threadIdx.x % kGroupThreads;
-    const T* gmem_q = static_cast<const T*>(params.q) + batch_idx * params.q_stride.batch +
-                      token_idx * params.q_stride.token + key_head * params.q_stride.head;
-    const T* gmem_k = static_cast<const T*>(params.k) + batch_idx * params.k_stride.batch +
-                      token_idx * params.k_stride.token + key_head * params.k_stride.head;
-    const int64_t token_head = seq.first_token * shape.num_value_heads + head;
+    const TokenStrides &q_stride = params.q_stride, &k_stride = params.k_stride;
+    const TokenStrides d_o_stride = {shape.seqlen * value_stride, value_stride, value_dim};
+    const T* gmem_q = static_cast<const T*>(params.q) + first.offset(q_stride) + key_head * q_stride.head;
+    const T* gmem_k = static_cast<const T*>(params.k) + first.offset(k_stride) + key_head * k_stride.head;
+    const int64_t token_head = first.row * shape.num_value_heads + head;
     const T* gmem_d_o = static_cast<const T*>(params.d_o) + token_head * value_dim + v0;
     const int num_cols = min(BLOCK_V, value_dim - v0);
 
@@ -128,17 +130,22 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
                                          smem_address(smem.scratch[group_idx]),
                                          &stage.coef};
       if (iteration >= kNumStages) named_barrier_sync(Traits::kEmpty + stage_idx, kHandOverThreads);
-      const int64_t gate = token_head + token * shape.num_value_heads;
+      const int32_t* rows = is_routed ? params.rows + seq.first_token + token : nullptr;
+      const int64_t ahead = is_routed ? 0 : token, gate = token_head + ahead * shape.num_value_heads;
       load_gates(stage.coef, params.g == nullptr ? nullptr : static_cast<const float*>(params.g) + gate,
-                 static_cast<const float*>(params.beta) + gate, shape.num_value_heads, num_tokens, thread_idx);
-      copy_tile_async<T, BLOCK_T, HEAD_DIM, kGroupThreads>(tiles.k, gmem_k + token * params.k_stride.token,
-                                                           params.k_stride.token, num_tokens, head_dim, is_aligned,
-                                                           thread_idx);
-      copy_tile_async<T, BLOCK_T, HEAD_DIM, kGroupThreads>(tiles.q, gmem_q + token * params.q_stride.token,
-                                                           params.q_stride.token, num_tokens, head_dim, is_aligned,
-                                                           thread_idx);
-      copy_tile_async<T, BLOCK_T, BLOCK_V, kGroupThreads>(smem_address(stage.d_o), gmem_d_o + token * value_stride,
-                                                          value_stride, num_tokens, num_cols, is_aligned, thread_idx);
+                 static_cast<const float*>(params.beta) + gate, shape.num_value_heads, shape, rows, num_tokens,
+                 thread_idx);
+      if (thread_idx < num_tokens) {
+        stage.rows[thread_idx] = is_routed ? static_cast<int32_t>(routed_row(shape, rows[thread_idx]).row)
+                                           : static_cast<int>(token) + thread_idx;
+      }
+      load_tokens<T, BLOCK_T, HEAD_DIM, kGroupThreads>(tiles.k, gmem_k + ahead * k_stride.token, k_stride, shape, rows,
+                                                       num_tokens, head_dim, is_aligned, thread_idx);
+      load_tokens<T, BLOCK_T, HEAD_DIM, kGroupThreads>(tiles.q, gmem_q + ahead * q_stride.token, q_stride, shape, rows,
+                                                       num_tokens, head_dim, is_aligned, thread_idx);
+      load_tokens<T, BLOCK_T, BLOCK_V, kGroupThreads>(smem_address(stage.d_o), gmem_d_o + ahead * value_stride,
+                                                      d_o_stride, shape, rows, num_tokens, num_cols, is_aligned,
+                                                      thread_idx);
       cp_async_commit();
       cp_async_wait<0>();
       role_barrier<Traits::kNumPrepareWarps>(Traits::kPrepareRole + group_idx);
@@ -164,7 +171,7 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
   target.d_state =
       d_states +
       ((first_chunk_slot<BLOCK_T>(seq, seq_idx) * shape.num_value_heads + head) * value_dim + warp_v0) * HEAD_DIM;
-  target.x = static_cast<T*>(params.dv) + (seq.first_token * shape.num_value_heads + head) * value_dim + warp_v0;
+  target.x = static_cast<T*>(params.dv) + (first.row * shape.num_value_heads + head) * value_dim + warp_v0;
   target.value_stride = value_stride;
   target.num_tokens = seq_tokens;
   target.num_v = value_dim - warp_v0;
@@ -191,8 +198,8 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
     }
   }
 
+  int stage_idx = 0;
   for (int chunk_idx = num_chunks - 1; chunk_idx >= 0; --chunk_idx) {
-    const int stage_idx = (num_chunks - 1 - chunk_idx) % kNumStages;
     named_barrier_sync(Traits::kFull + stage_idx, kHandOverThreads);
     typename Smem::Stage& stage = smem.stage[stage_idx];
     const uint32_t smem_q = smem_address(stage.q), smem_k = smem_address(stage.k), smem_d_o = smem_address(stage.d_o);
@@ -334,16 +341,15 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
     }
 
     // X leaves through the warp's own columns of dO.
-    const int num_tokens = min(BLOCK_T, target.num_tokens - chunk_idx * BLOCK_T), num_v = target.num_v;
+    const int num_tokens = target.num_tokens - chunk_idx * BLOCK_T, num_v = target.num_v;
     const int64_t value_stride = target.value_stride;
-    T* gmem_x = target.x + chunk_idx * (BLOCK_T * value_stride);
     if constexpr (sizeof(T) == 4) {
 #pragma unroll
       for (int n = 0; n < kTilesT; ++n) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int token = n * 8 + col + i % 2, v = row + i / 2 * 8;
-          if (token < num_tokens && v < num_v) gmem_x[token * value_stride + v] = x[n].r[i];
+          if (token < num_tokens && v < num_v) target.x[stage.rows[token] * value_stride + v] = x[n].r[i];
         }
       }
     } else {
@@ -367,7 +373,7 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
           T element[8];
         } unit;
         unit.vector = load_shared_4(smem_d_o + ValueTile::offset(token, warp_idx * 16 + unit_col));
-        T* out = gmem_x + token * value_stride + unit_col;
+        T* out = target.x + stage.rows[token] * value_stride + unit_col;
         if (is_aligned) {
           *reinterpret_cast<float4*>(out) = unit.vector;
         } else {
@@ -379,6 +385,7 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
       }
     }
     if (chunk_idx >= kNumStages) named_barrier_arrive(Traits::kEmpty + stage_idx, kHandOverThreads);
+    stage_idx = (stage_idx + 1) % kNumStages;
   }
 
   if (params.d_initial_state != nullptr) {

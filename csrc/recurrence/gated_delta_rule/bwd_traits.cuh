@@ -41,6 +41,7 @@ struct BwdStateTraits : BwdTraits<T_, HEAD_DIM_> {
       alignas(128) uint8_t a[CausalTile<T_, Base::BLOCK_T>::SIZE];
       alignas(128) uint8_t y[CausalTile<typename Base::TY, Base::BLOCK_T>::SIZE];
       ChunkCoefficients<Base::BLOCK_T> coef;
+      int32_t rows[Base::BLOCK_T];  // of the tokens, from the sequence's first or, with routed rows, the tensor's
     } stage[kNumStages];
     alignas(128) uint8_t scratch[kNumGroups][CausalTile<float, Base::BLOCK_T>::SIZE];
     /// Where a warp of the chain writes, for the first chunk of the sequence; here for want of registers.

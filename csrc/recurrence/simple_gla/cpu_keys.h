@@ -13,7 +13,7 @@ struct KeysScratch {
   T* d_state;                   // [group][panels][panel_rows(V)][2 width]
   T* states;                    // [kChunks] panels that enter the chunks
   T *q, *k, *v, *d_o;           // rows of an interval
-  T *dq, *dk;                   // rows of the part's features
+  T *dq, *dk;                   // sums of a group over rows of the part's features
   Gates<T>* gates;              // [kChunks]
   T *pairs, *gate_pairs;        // [kChunks][kTokens][kTokens]
   T *lanes_read, *lanes_write;  // [kStateInterval][width] of a unit of K
@@ -64,6 +64,7 @@ void bwd_keys(const SimpleGlaBwdParams& p, const RecurrenceSequence& sequence, i
   const int64_t panels = (features.count + kPanel<T> - 1) / kPanel<T>;
   const int64_t stride_d = p.state_v_first ? dims : 1, stride_x = p.state_v_first ? 1 : value_dim;
   const TokenStrides o_stride{shape.seqlen * value_heads * value_dim, value_heads * value_dim, value_dim};
+  const int64_t out_stride = shape.num_heads * dims;
   const T scale = static_cast<T>(p.scale);
   const auto lanes_of = [&](int64_t panel) { return features.count - panel * kPanel<T>; };
   const auto feature_of = [&](int64_t panel) { return features.first + panel * kPanel<T>; };
@@ -113,11 +114,13 @@ void bwd_keys(const SimpleGlaBwdParams& p, const RecurrenceSequence& sequence, i
 
       T through[kChunks];
       for (int64_t n = 0; n < panels; ++n) {
-        // A share of the rows that come next is on its way while this panel is walked.
-        const int64_t begin = start - kStateInterval + kStateInterval * n / panels;
-        const int64_t end = start - kStateInterval + kStateInterval * (n + 1) / panels;
+        // The rows that come next are asked for late: with them, those of this interval would not stay in L2.
+        const int64_t late_panels = max(1, panels / 4), late = n - (panels - late_panels);
+        const int64_t next = start - kStateInterval;
         for (const HeadTensor<E>* tensor : {&v_tensor, &d_o_tensor, &q_tensor, &k_tensor}) {
-          prefetch_rows(*tensor, shape, sequence, begin, end);
+          if (late < 0) break;
+          prefetch_rows(*tensor, shape, sequence, next + kStateInterval * late / late_panels,
+                        next + kStateInterval * (late + 1) / late_panels);
         }
         if (n % panels_per_unit == 0) {
           for (int64_t i = 0; i < kStateInterval * w; ++i) scratch.lanes_read[i] = scratch.lanes_write[i] = T(0);
@@ -136,7 +139,12 @@ void bwd_keys(const SimpleGlaBwdParams& p, const RecurrenceSequence& sequence, i
                      value_dim, lanes_of(n), 1, value_dim);
         }
         const int64_t column = n * kPanel<T>;
-        const auto add_to = [&](const Rows<T>& sums, int64_t t, const Vec<T>(&acc)[2]) REMORA_ALWAYS_INLINE {
+        const auto put = [&](void* out, const Rows<T>& sums, int64_t t, const Vec<T>(&acc)[2]) REMORA_ALWAYS_INLINE {
+          if (group == 1) {
+            E* row = static_cast<E*>(out) + rows.at[t].row * out_stride + head * dims + feature_of(n);
+            if (t < tokens) store_lanes<T>(row, acc, lanes_of(n));
+            return;
+          }
           T* row = const_cast<T*>(sums[t]) + column;
           store<T>(row, r == 0 ? acc[0] : load<T>(row) + acc[0]);
           store<T>(row + w, r == 0 ? acc[1] : load<T>(row + w) + acc[1]);
@@ -153,7 +161,7 @@ void bwd_keys(const SimpleGlaBwdParams& p, const RecurrenceSequence& sequence, i
               [&](int64_t i, const Vec<T>(&acc)[2]) REMORA_ALWAYS_INLINE {
                 if (p.dg) dot(scratch.lanes_read + (t + i) * w, q[t + i] + feature_of(n), acc);
               },
-              [&](int64_t i, const Vec<T>(&acc)[2]) REMORA_ALWAYS_INLINE { add_to(dq, t + i, acc); });
+              [&](int64_t i, const Vec<T>(&acc)[2]) REMORA_ALWAYS_INLINE { put(p.dq, dq, t + i, acc); });
         }
         T* d_state = d_state_of(r, n);
         for (int64_t c = chunks - 1; c >= 0; --c) {
@@ -165,7 +173,7 @@ void bwd_keys(const SimpleGlaBwdParams& p, const RecurrenceSequence& sequence, i
               [&](int64_t i, const Vec<T>(&acc)[2]) REMORA_ALWAYS_INLINE {
                 if (p.dg) dot(scratch.lanes_write + (t + i) * w, k[t + i] + feature_of(n), acc);
               },
-              [&](int64_t i, const Vec<T>(&acc)[2]) REMORA_ALWAYS_INLINE { add_to(dk, t + i, acc); });
+              [&](int64_t i, const Vec<T>(&acc)[2]) REMORA_ALWAYS_INLINE { put(p.dk, dk, t + i, acc); });
         }
 
         if (!p.dg || ((n + 1) % panels_per_unit != 0 && n + 1 < panels)) continue;
@@ -183,7 +191,8 @@ void bwd_keys(const SimpleGlaBwdParams& p, const RecurrenceSequence& sequence, i
       }
     }
 
-    const int64_t out_stride = shape.num_heads * dims, first = head * dims + features.first;
+    if (group == 1) continue;
+    const int64_t first = head * dims + features.first;
     store_rows(static_cast<E*>(p.dq) + first, out_stride, dq, rows.at, tokens, features.count);
     store_rows(static_cast<E*>(p.dk) + first, out_stride, dk, rows.at, tokens, features.count);
   }

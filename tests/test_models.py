@@ -219,7 +219,6 @@ class TestMixtureOfMemories:
         with pytest.raises(ValueError, match=r"layers\.0\.attn are incomplete: b_proj\.2 missing"):
             convert_released_mom(released)
 
-    @pytest.mark.cpu_only
     def test_decodes_like_the_full_forward_and_reports_its_routing(self):
         model = LanguageModel(dataclasses.replace(MOM_TINY, initializer_range=0.3))
         tokens = torch.randint(256, (2, 9))
@@ -229,7 +228,6 @@ class TestMixtureOfMemories:
         assert torch.equal(result[:, 9:], expected)
         assert [int(routing.hits.sum()) for routing in model.routing] == [2 * 2 * 12] * 2
 
-    @pytest.mark.cpu_only
     def test_all_parameters_learn(self):
         model = LanguageModel(dataclasses.replace(MOM_TINY, initializer_range=0.3))
         tokens = torch.randint(256, (2, 30))

@@ -47,7 +47,6 @@ def test_a_row_of_the_router_depends_on_no_other():
     assert torch.equal(again.indices[1, 20], route.indices[1, 20])
 
 
-@pytest.mark.cpu_only
 @dtypes
 def test_three_runs_agree(dtype):
     case = Case(T=LONG, dtype=dtype, shared=True)
@@ -81,7 +80,6 @@ def test_the_number_of_threads_does_not_matter(dtype, routing):
         torch.set_num_threads(threads)
 
 
-@pytest.mark.cpu_only
 @dtypes
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf], ids=str)
 def test_later_tokens_reach_no_earlier_output(dtype, poison):
@@ -97,7 +95,6 @@ def test_later_tokens_reach_no_earlier_output(dtype, poison):
     assert not torch.equal(after[:, cut:], o[:, cut:])
 
 
-@pytest.mark.cpu_only
 @dtypes
 def test_tokens_of_one_memory_reach_no_other(dtype):
     inputs = make_inputs(Case(T=LONG, k=1, dtype=dtype), requires_grad=False)
@@ -111,7 +108,6 @@ def test_tokens_of_one_memory_reach_no_other(dtype):
     assert states[:, 1:].isnan().any(-1).any(-1).all()
 
 
-@pytest.mark.cpu_only
 @dtypes
 def test_a_sequence_alone_in_a_batch_and_packed(dtype):
     case = Case(B=3, T=100, dtype=dtype, shared=True, capacity=30, drop="newest")
@@ -143,7 +139,6 @@ def test_a_sequence_alone_in_a_batch_and_packed(dtype):
         assert torch.equal(value.reshape(batch[name].shape), batch[name]), name
 
 
-@pytest.mark.cpu_only
 def test_pieces_join():
     """The final states of one call handed to the next: the routed tokens go on where they were."""
     inputs = make_inputs(Case(T=60, shared=True), requires_grad=False)
@@ -181,3 +176,18 @@ def test_launches_of_router_and_plan_do_not_depend_on_the_number_of_memories():
         _, plan = launches(lambda r=route, m=M: ops.route_plan(r.indices, m, capacity=3))
         counts.append((forward, backward, decode, plan))
     assert counts[0] == counts[1] == (3, 1, 1, 4)
+
+
+@pytest.mark.sim_only
+def test_launches_of_the_recurrence_do_not_depend_on_memories_or_sequences():
+    """Plan, recurrence and weighted sum: one launch of the recurrence over all memories of all sequences."""
+    counts = []
+    for B, M in ((1, 2), (3, 2), (1, 9)):
+        inputs = make_inputs(Case(B=B, T=20, M=M, V=16, shared=True))
+        (o, state), forward = launches(inputs.call)
+        _, backward = launches(
+            lambda x=inputs, y=(o, state): torch.autograd.grad(y, list(x.tensors.values()), (x.d_o, x.d_final))
+        )
+        counts.append((forward, backward))
+    assert counts[0] == counts[1] == counts[2]
+    assert counts[0][0] == 4 + 1 + 1

@@ -50,7 +50,6 @@ def test_opcheck_combine(requires_grad, extra):
     opcheck(OP.mom_combine_bwd.default, o.detach(), weights.detach(), torch.randn(6, 5))
 
 
-@pytest.mark.cpu_only
 @gradients
 def test_opcheck_routed_recurrence(requires_grad):
     x = [torch.randn(2, 9, 1, 16) for _ in range(3)]
@@ -65,7 +64,6 @@ def test_opcheck_routed_recurrence(requires_grad):
     opcheck(OP.gated_delta_rule_bwd.default, *x, offsets, rows, saved, d_o, d_final, 0.25, True, False)
 
 
-@pytest.mark.cpu_only
 def test_opcheck_routed_step():
     x = [torch.randn(2, 3, 1, 16) for _ in range(3)] + [-torch.rand(2, 3, 1), torch.rand(2, 3, 1)]
     memories = torch.tensor([[0, 3, 2], [1, 1, 0]], dtype=torch.int32)
@@ -85,7 +83,6 @@ def route_and_recur(logits, q, k, v, g, beta, state, capacity=None):
     return o.float().square().mean() + final.square().mean() + 0.01 * route.balance_loss + 0.01 * route.z_loss
 
 
-@pytest.mark.cpu_only
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_compile(dynamic):
     torch._dynamo.reset()
@@ -101,7 +98,6 @@ def test_compile(dynamic):
                 torch.testing.assert_close(a, b)
 
 
-@pytest.mark.cpu_only
 @torch.no_grad()
 def test_compile_step():
     torch._dynamo.reset()
@@ -116,7 +112,6 @@ def test_compile_step():
     assert torch.equal(*states)
 
 
-@pytest.mark.cpu_only
 def test_meta_tensors_have_the_right_shapes():
     inputs = make_inputs(Case(T=9, shared=True), requires_grad=False)
     logits = torch.randn(2, 9, 3)
@@ -166,7 +161,6 @@ def test_gradcheck_of_the_router(renormalize, masked):
     assert torch.autograd.gradcheck(call, (logits,))
 
 
-@pytest.mark.cpu_only
 def test_a_second_derivative_is_refused():
     inputs = make_inputs(Case(T=5))
     o, _ = inputs.call()

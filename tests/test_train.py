@@ -236,7 +236,7 @@ def test_a_run_learns_and_leaves_everything(config, tmp_path):
     assert bits == pytest.approx(validation[1]["validation_bits_per_byte"], rel=1e-5)
 
 
-@pytest.mark.parametrize("mixer", [pytest.param("mixture_of_memories", marks=pytest.mark.cpu_only), "gated_delta_net"])
+@pytest.mark.parametrize("mixer", ["mixture_of_memories", "gated_delta_net"])
 def test_stopping_and_resuming_changes_no_bit(config, tmp_path, backend, mixer):
     half = 10 if backend == "cpu" else 2
     config = dataclasses.replace(config, mixer=mixer, steps=2 * half, eval_every=0)

@@ -83,7 +83,7 @@ def route_and_recur(logits, q, k, v, g, beta, state, capacity=None):
     return o.float().square().mean() + final.square().mean() + 0.01 * route.balance_loss + 0.01 * route.z_loss
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.cpu_only), True], ids=["static", "dynamic"])
 def test_compile(dynamic):
     torch._dynamo.reset()
     compiled = torch.compile(route_and_recur, fullgraph=True, backend="aot_eager", dynamic=dynamic)

@@ -106,14 +106,10 @@ __global__ void __launch_bounds__(kThreads) simple_gla_clear_kernel(const __grid
   const int64_t total = shape.batch * shape.seqlen;
   const int64_t position = int64_t{blockIdx.x} * (kThreads / 32) + threadIdx.x / 32;
   if (position >= total) return;
-  const auto offset_of = [&](int64_t i) { return min(max(int64_t{params.cu_seqlens[i]}, int64_t{0}), total); };
-  bool is_covered = false;
-  for (int64_t i = threadIdx.x % 32; i < shape.num_seqs; i += 32) {
-    is_covered |= position >= offset_of(i) && position < offset_of(i + 1);
-  }
-  if (__any_sync(0xffffffffu, is_covered)) return;
-  const int64_t row =
-      params.rows == nullptr ? position : min(max(int64_t{params.rows[position]}, int64_t{0}), total - 1);
+  const bool is_covered = position >= find_offset(shape, params.cu_seqlens, 0) &&
+                          position < find_offset(shape, params.cu_seqlens, shape.num_seqs);
+  if (is_covered) return;
+  const int64_t row = row_at(shape, params.rows, position).row;
   for (int t = 0; t < 6; ++t) {
     if (params.data[t] == nullptr) continue;
     auto* dst = reinterpret_cast<uint16_t*>(params.data[t] + row * params.row_size[t]);

@@ -31,27 +31,15 @@
 
 namespace remora {
 
-/// Rows of the [B, T] tensors by packed position.
-struct RowMap {
-  const int32_t* rows;
-  int64_t seqlen, num_rows;
-  __device__ __forceinline__ int64_t operator()(int64_t position) const {
-    return rows == nullptr ? position : min(max(int64_t{rows[position]}, int64_t{0}), num_rows - 1);
-  }
-  __device__ __forceinline__ int64_t offset(const TokenStrides& stride, int64_t position) const {
-    const int64_t row = (*this)(position);
-    return row / seqlen * stride.batch + row % seqlen * stride.token;
-  }
-};
-
 template <typename T, int ROWS, int COLS>
 __device__ __forceinline__ void copy_rows(uint32_t dst, const WalkTensor& tensor, int64_t head, int col0,
-                                          const RowMap& map, int64_t position, int num_rows, bool is_aligned) {
+                                          const RecurrenceShape& shape, const int32_t* rows, int64_t position,
+                                          int num_rows, bool is_aligned) {
   const T* src = static_cast<const T*>(tensor.data) + head / tensor.group_size * tensor.stride.head + col0;
   const int num_cols = min(tensor.num_channels - col0, COLS);
-  if (map.rows == nullptr) {
-    copy_tile_async<T, ROWS, COLS, kWalkThreads>(dst, src + map.offset(tensor.stride, position), tensor.stride.token,
-                                                 num_rows, num_cols, is_aligned, threadIdx.x);
+  if (rows == nullptr) {
+    copy_tile_async<T, ROWS, COLS, kWalkThreads>(dst, src + row_at(shape, rows, position).offset(tensor.stride),
+                                                 tensor.stride.token, num_rows, num_cols, is_aligned, threadIdx.x);
     return;
   }
   constexpr int kElements = 16 / sizeof(T), kUnits = COLS / kElements;
@@ -59,7 +47,7 @@ __device__ __forceinline__ void copy_rows(uint32_t dst, const WalkTensor& tensor
 #pragma unroll 1
   for (int row = threadIdx.x / kUnits; row < ROWS; row += kWalkThreads / kUnits) {
     const bool is_valid = row < num_rows && col < num_cols;
-    const T* unit = is_valid ? src + map.offset(tensor.stride, position + row) + col : src;
+    const T* unit = is_valid ? src + row_at(shape, rows, position + row).offset(tensor.stride) + col : src;
     const uint32_t to = dst + SmemTile<T, COLS>::offset(row, col);
     if (is_aligned) {
       cp_async_16(to, unit, is_valid);
@@ -203,7 +191,7 @@ __global__ void __launch_bounds__(kWalkThreads, 1) simple_gla_walk_kernel(const 
   const bool is_last = kReverse ? span == 0 : end == seq.num_tokens;
   const bool is_summary = params.out == nullptr;
   const int64_t first_position = seq.first_token + begin;
-  const RowMap map{params.rows, shape.seqlen, shape.batch * shape.seqlen};
+  const auto row_of = [&](int64_t position) { return row_at(shape, params.rows, position).row; };
 
   const int x_dim = params.x.num_channels, d_dim = params.write.num_channels;
   const int x0 = tile * kWalkBlockX, warp_x = warp_idx * 16;
@@ -244,21 +232,23 @@ __global__ void __launch_bounds__(kWalkThreads, 1) simple_gla_walk_kernel(const 
       const int chunk = chunk_at(step), valid = min(num_tokens - chunk * BLOCK_T, BLOCK_T);
       const int64_t position = first_position + chunk * BLOCK_T;
       uint32_t dst = smem_stages + stage_idx * kStageSize;
-      copy_rows<T, BLOCK_T, DIM>(dst, params.write, head, 0, map, position, valid, params.is_aligned);
+      copy_rows<T, BLOCK_T, DIM>(dst, params.write, head, 0, shape, params.rows, position, valid, params.is_aligned);
       if (!is_summary) {
-        copy_rows<T, BLOCK_T, DIM>(dst + kTileSize, params.read, head, 0, map, position, valid, params.is_aligned);
+        copy_rows<T, BLOCK_T, DIM>(dst + kTileSize, params.read, head, 0, shape, params.rows, position, valid,
+                                   params.is_aligned);
       }
       dst += 2 * kTileSize;
-      copy_rows<T, BLOCK_T, kWalkBlockX>(dst, params.x, head, x0, map, position, valid, params.is_aligned);
+      copy_rows<T, BLOCK_T, kWalkBlockX>(dst, params.x, head, x0, shape, params.rows, position, valid,
+                                         params.is_aligned);
       if constexpr (kHasDots) {
-        copy_rows<T, BLOCK_T, kWalkBlockX>(dst + kTileXSize, params.y, head, x0, map, position, valid,
+        copy_rows<T, BLOCK_T, kWalkBlockX>(dst + kTileXSize, params.y, head, x0, shape, params.rows, position, valid,
                                            params.is_aligned);
       }
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i) {
         const int token = lane_idx + i * 32;
         const bool is_valid = params.g != nullptr && token < valid;
-        const float g = is_valid ? params.g[map(position + token) * num_heads + head] : 0.f;
+        const float g = is_valid ? params.g[row_of(position + token) * num_heads + head] : 0.f;
         next_g[i] = g < -88.f ? -88.f : g;
       }
     }
@@ -506,7 +496,7 @@ __global__ void __launch_bounds__(kWalkThreads, 1) simple_gla_walk_kernel(const 
           for (int e = 0; e < 2; ++e) {
             const int token = n * 8 + lane_col + e;
             if (token >= valid) continue;
-            float* dst = static_cast<float*>(params.out) + (map(position + token) * num_heads + head) * x_dim + x0 +
+            float* dst = static_cast<float*>(params.out) + (row_of(position + token) * num_heads + head) * x_dim + x0 +
                          warp_x + lane_row;
             if (lane_row < num_x) dst[0] = out[n].r[e];
             if (lane_row + 8 < num_x) dst[8] = out[n].r[e + 2];
@@ -519,7 +509,7 @@ __global__ void __launch_bounds__(kWalkThreads, 1) simple_gla_walk_kernel(const 
           const uint32_t lo = transpose_8x8(pack<T>(out[n].r[0], out[n].r[1]));
           const uint32_t hi = transpose_8x8(pack<T>(out[n].r[2], out[n].r[3]));
           if (token >= valid) continue;
-          T* dst = static_cast<T*>(params.out) + (map(position + token) * num_heads + head) * x_dim + x0 + warp_x;
+          T* dst = static_cast<T*>(params.out) + (row_of(position + token) * num_heads + head) * x_dim + x0 + warp_x;
           if (params.is_aligned) {
             if (lane_col < num_x) *reinterpret_cast<uint32_t*>(dst + lane_col) = lo;
             if (lane_col + 8 < num_x) *reinterpret_cast<uint32_t*>(dst + lane_col + 8) = hi;
@@ -563,7 +553,7 @@ __global__ void __launch_bounds__(kWalkThreads, 1) simple_gla_walk_kernel(const 
           dg += ((suffix_sum<16>(as_row) + exclusive_sum<16>(as_col)) + over) + smem_rect[token];
         }
         if (token < valid) {
-          params.dots[(tile * map.num_rows + map(position + token)) * num_heads + head] = dg;
+          params.dots[(tile * (shape.batch * shape.seqlen) + row_of(position + token)) * num_heads + head] = dg;
         }
       }
     }

@@ -8,6 +8,7 @@ COMMANDS = {
     "mom": "Mixture-of-Memories beside torch operators (measured); --counters: its kernels (simulated)",
     "bags": "CPU times of weighted bags beside peers (measured); in the simulator: their counters",
     "counters": "work counters of CUDA kernels in the simulator, beside flash-linear-attention's (simulated)",
+    "memory": "CPU times of a memory layer and its optimizer beside torch (measured)",
     "resources": "registers, spills and shared memory of every CUDA kernel",
     "pkm": "CPU times of product-key selection beside peers (measured)",
     "model": "modelled times of CUDA kernels, beside flash-linear-attention's (modelled)",

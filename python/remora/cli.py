@@ -12,6 +12,7 @@ from typing import Any
 
 DEFAULT_OUT = "remora-run"
 DEFAULT_RECALL_OUT = "remora-recall"
+DEFAULT_RETENTION_OUT = "remora-retention"
 INTERRUPTED = 130  # 128 + SIGINT, what a shell reports
 
 # Options of `train` that set the field of TrainConfig of the same name.
@@ -54,6 +55,16 @@ RECALL_OPTIONS: tuple[tuple[str, type, str], ...] = (
     ("jobs", int, "runs at a time (default: one per core; on a GPU one)"),
 )
 
+# Options of `experiment retention` that set the field of RetentionConfig of the same name.
+RETENTION_OPTIONS: tuple[tuple[str, type, str], ...] = (
+    ("seeds", int, "runs of each model"),
+    ("facts", int, "facts to write for each number of exposures"),
+    ("hidden_size", int, "width of the models"),
+    ("num_keys", int, "sub-keys of an axis of the memories"),
+    ("learning_rate", float, "learning rate"),
+    ("device", str, "cpu, cuda, cuda:N, or auto: a GPU if there is one"),
+)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
@@ -81,6 +92,7 @@ def _make_parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
     )
     train.add_argument("--out", default=DEFAULT_OUT, help="folder of the run (default: %(default)s)")
+    train.add_argument("--model", dest="memory", help="ultramem_v2: a memory layer beside every feed-forward layer")
     train.add_argument("--resume", action="store_true", default=False, help="continue the run in the folder")
     for name, kind, text in TRAIN_OPTIONS:
         train.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
@@ -110,6 +122,19 @@ def _make_parser() -> argparse.ArgumentParser:
     for name, kind, text in RECALL_OPTIONS:
         recall.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
     recall.add_argument("--pairs", type=int, nargs="+", help="numbers of key-value pairs")
+
+    retention = experiments.add_parser(
+        "retention",
+        help="product-key memories against a dense layer, on facts seen a few times",
+        description="Write random facts into a product-key memory, UltraMemV2 and a dense layer of equal FLOPs, go on "
+        "training on others, and compare what is still recognised and recalled.",
+        argument_default=argparse.SUPPRESS,
+    )
+    retention.add_argument("--out", default=DEFAULT_RETENTION_OUT, help="folder of the results (default: %(default)s)")
+    retention.add_argument("--quick", action="store_true", default=False, help="small models, a minute")
+    for name, kind, text in RETENTION_OPTIONS:
+        retention.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
+    retention.add_argument("--updates", type=int, nargs="+", help="numbers of updates after which to probe")
     return parser
 
 
@@ -131,8 +156,9 @@ def _train(out: str, resume: bool, **given: Any) -> int:
     config = resumed_config(out, given) if resume else dataclasses.replace(TrainConfig(), **given)
     trainer = Trainer(config, out, resume)
     _say(f"text      {trainer.corpus.description}")
+    layers = config.mixer if config.memory is None else f"{config.mixer} and {config.memory}"
     _say(
-        f"model     {config.mixer}, {config.num_layers} layers of width {config.hidden_size}, "
+        f"model     {layers}, {config.num_layers} layers of width {config.hidden_size}, "
         f"{trainer.model.num_parameters / 1e6:.2f} M parameters, {trainer.device}, {trainer.dtype}"
     )
     _say(f"baseline  order-2 byte n-gram: {trainer.baseline:.3f} bits per byte on the same validation bytes")
@@ -187,14 +213,25 @@ def _generate(
 
 
 def _experiment(name: str, out: str, quick: bool, **given: Any) -> int:
-    from remora.experiments import RecallConfig, recall_table, run_recall
+    from remora.experiments import (
+        RecallConfig,
+        RetentionConfig,
+        recall_table,
+        retention_table,
+        run_recall,
+        run_retention,
+    )
 
-    if "pairs" in given:
-        given["pairs"] = tuple(given["pairs"])
-    report = run_recall(RecallConfig.quick(**given) if quick else RecallConfig(**given), out)
-    _say(recall_table(report))
-    seeds, names = report["settings"]["seeds"], report["names"]
-    _say(f"percent of right values, of right bytes and whole names among {names}; mean ± deviation of {seeds} seeds")
+    given = {option: tuple(value) if isinstance(value, list) else value for option, value in given.items()}
+    if name == "recall":
+        report = run_recall(RecallConfig.quick(**given) if quick else RecallConfig(**given), out)
+        _say(recall_table(report))
+        measured = f"right values, of right bytes and whole names among {report['names']}"
+    else:
+        report = run_retention(RetentionConfig.quick(**given) if quick else RetentionConfig(**given), out)
+        _say(retention_table(report))
+        measured = "written facts that are recognised and recalled"
+    _say(f"percent of {measured}: mean ± deviation of {report['settings']['seeds']} seeds")
     _say(f"{report['seconds']:.0f} s; numbers and plot are in {Path(out).resolve()}")
     return 0
 

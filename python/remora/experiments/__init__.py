@@ -1,5 +1,13 @@
 """Experiments that compare memories, run from the command line."""
 
 from remora.experiments.recall import RecallConfig, recall_table, run_recall
+from remora.experiments.retention import RetentionConfig, retention_table, run_retention
 
-__all__ = ["RecallConfig", "recall_table", "run_recall"]
+__all__ = [
+    "RecallConfig",
+    "RetentionConfig",
+    "recall_table",
+    "retention_table",
+    "run_recall",
+    "run_retention",
+]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from remora.models.files import replacing
+from remora.models.memories import make_memories
 from remora.models.mixers import Mixer, get_mixer
 from remora.models.sampling import sample
 from remora.modules import Cache, GroupedLinear, RMSNorm, Routing, SwiGLU
@@ -37,6 +38,9 @@ class LanguageModelConfig:
         mixer: registered name of the token mixer.
         mixer_options: keyword arguments of the mixer.
         intermediate_size: inner width of the SwiGLU layers; None takes that layer's default.
+        memory: memory layer beside every SwiGLU layer, "product_key_memory", "memory_plus" or "ultramem_v2"; None has
+            none.
+        memory_options: keyword arguments of the memory layer, and how layers share its tables (`make_memories`).
         norm_eps: epsilon of all normalisations.
         tie_embeddings: whether the output layer uses the embedding's weights.
         initializer_range: standard deviation of the initial weights of embeddings and projections.
@@ -48,6 +52,8 @@ class LanguageModelConfig:
     mixer: str = "gated_delta_net"
     mixer_options: dict[str, Any] = field(default_factory=dict)
     intermediate_size: int | None = None
+    memory: str | None = None
+    memory_options: dict[str, Any] = field(default_factory=dict)
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
     initializer_range: float = 0.02
@@ -89,7 +95,9 @@ class LanguageModelOutput(NamedTuple):
 
 
 class Block(nn.Module):
-    """Pre-norm residual block: `h = x + mixer(norm(x))`, `y = h + swiglu(norm(h))`."""
+    """Pre-norm residual block: `h = x + mixer(norm(x))`, `y = h + swiglu(norm(h))`, and `+ memory(norm(h))` if there is
+    one.
+    """
 
     def __init__(self, config: LanguageModelConfig, layer_idx: int) -> None:
         super().__init__()
@@ -99,11 +107,13 @@ class Block(nn.Module):
         )
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
+        self.memory: nn.Module | None = None
 
     def forward(self, x: Tensor, cache: Cache | None, cu_seqlens: Tensor | None) -> Tensor:
         x = x + cast(Mixer, self.attn)(self.attn_norm(x), cache=cache, cu_seqlens=cu_seqlens)
-        y: Tensor = x + self.mlp(self.mlp_norm(x))
-        return y
+        h = self.mlp_norm(x)
+        y: Tensor = x + self.mlp(h)
+        return y if self.memory is None else y + self.memory(h)
 
 
 class LanguageModel(nn.Module):
@@ -112,7 +122,7 @@ class LanguageModel(nn.Module):
     Parameter names are those of flash-linear-attention's models below their `model.` prefix. Projections and
     embeddings start normal with standard deviation `initializer_range`; projections that write to the residual stream
     have it divided by `sqrt(2 * num_layers)` (Radford et al., "Language Models are Unsupervised Multitask Learners",
-    2019). The mixers' own parameters (gates, convolutions) keep the initialisation of their modules.
+    2019). The mixers' own parameters (gates, convolutions) and memory layers keep the initialisation of their modules.
 
     Args:
         config: the shape of the model.
@@ -125,7 +135,15 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, layer_idx) for layer_idx in range(config.num_layers))
+        blocks = [Block(config, layer_idx) for layer_idx in range(config.num_layers)]
+        if config.memory is not None:
+            ffn_expansion = blocks[0].mlp.up_proj.out_features / config.hidden_size
+            memories = make_memories(
+                config.memory, config.hidden_size, config.num_layers, ffn_expansion, config.memory_options
+            )
+            for block, memory in zip(blocks, memories, strict=True):
+                block.memory = memory
+        self.layers = nn.ModuleList(blocks)
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.lm_head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.reset_parameters()
@@ -135,7 +153,7 @@ class LanguageModel(nn.Module):
         std = self.config.initializer_range
         nn.init.normal_(self.embeddings.weight, std=std)
         for name, module in self.named_modules():
-            if isinstance(module, (nn.Linear, GroupedLinear)):
+            if isinstance(module, (nn.Linear, GroupedLinear)) and ".memory." not in name:
                 writes_residual = name.endswith(("o_proj", "down_proj"))
                 nn.init.normal_(module.weight, std=std / math.sqrt(2 * len(self.layers)) if writes_residual else std)
 
@@ -187,6 +205,12 @@ class LanguageModel(nn.Module):
         if targets is not None:
             loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX)
         return LanguageModelOutput(logits, loss)
+
+    def _aliases(self) -> dict[str, str]:
+        """Further names of parameters that layers share, and the first name of each."""
+        first: dict[int, str] = {}
+        names = ((name, first.setdefault(id(p), name)) for name, p in self.named_parameters(remove_duplicate=False))
+        return {name: shared for name, shared in names if name != shared}
 
     @torch.inference_mode()
     def stream(
@@ -250,7 +274,8 @@ class LanguageModel(nn.Module):
         with replacing(path / CONFIG_NAME) as temporary:
             temporary.write_text(self.config.to_json(), encoding="utf-8")
         with replacing(path / WEIGHTS_NAME) as temporary:
-            weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+            aliases = self._aliases()
+            weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items() if name not in aliases}
             safetensors.torch.save_file(weights, temporary, metadata={"format": "pt"})
 
     @classmethod
@@ -275,5 +300,9 @@ class LanguageModel(nn.Module):
             model = cls(config)
         # A copy even on the CPU: the loaded tensors may sit at any alignment.
         copies = {name: tensor.to(device, dtype or tensor.dtype, copy=True) for name, tensor in weights.items()}
-        model.load_state_dict(copies, assign=True)
+        aliases = model._aliases()
+        model.load_state_dict(copies | {name: copies[first] for name, first in aliases.items()}, assign=True)
+        for name, first in aliases.items():
+            module, _, parameter = name.rpartition(".")
+            setattr(model.get_submodule(module), parameter, model.get_parameter(first))
         return model

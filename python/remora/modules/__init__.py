@@ -8,18 +8,25 @@ from remora.modules.memory_table import MemoryTable, memory_parameter_groups
 from remora.modules.mixture_of_memories import MixtureOfMemories, Routing
 from remora.modules.mlp import SwiGLU
 from remora.modules.normalization import GatedRMSNorm, RMSNorm
+from remora.modules.product_key_memory import PEER, MemoryPlus, ProductKeyMemory
+from remora.modules.ultra_mem import UltraMem, UltraMemV2
 
 __all__ = [
+    "PEER",
     "Cache",
     "GatedDeltaNet",
     "GatedRMSNorm",
     "GroupedLinear",
     "LayerCache",
+    "MemoryPlus",
     "MemoryTable",
     "MixtureOfMemories",
+    "ProductKeyMemory",
     "RMSNorm",
     "Routing",
     "ShortConvolution",
     "SwiGLU",
+    "UltraMem",
+    "UltraMemV2",
     "memory_parameter_groups",
 ]

@@ -25,7 +25,8 @@ from tqdm import tqdm
 from remora import _ext
 from remora.models import LanguageModel, LanguageModelConfig
 from remora.models.files import replacing
-from remora.modules import GroupedLinear
+from remora.modules import GroupedLinear, MemoryTable
+from remora.optim import SparseAdamW, clip_grad_norm_
 from remora.train.data import TrainingWindows, ValidationWindows, load_corpus
 from remora.train.ngram import ByteNgram
 from remora.train.plot import save_loss_curve, save_memory_usage
@@ -51,6 +52,8 @@ class TrainConfig:
         balance_coefficient: weight of the routers' balance loss, the mean over the layers, in the training loss. Every
             layer is balanced on its own; the released implementation pools the tokens of all layers, so that layers
             may make up for each other.
+        memory: "ultramem_v2" puts a memory layer beside every feed-forward layer; None has none.
+        memory_num_keys, memory_topk: of the memory layers, sub-keys of an axis and slots that a token reads.
         hidden_size, num_layers, num_heads, head_dim, intermediate_size: shape of the model.
         steps: optimizer steps.
         batch_size: windows per step.
@@ -72,6 +75,9 @@ class TrainConfig:
     num_memories: int = 4
     topk: int = 2
     balance_coefficient: float = 0.01
+    memory: str | None = None
+    memory_num_keys: int = 64
+    memory_topk: int = 16
     hidden_size: int = 128
     num_layers: int = 4
     num_heads: int = 2
@@ -103,6 +109,7 @@ class TrainConfig:
         options: dict[str, Any] = {"num_heads": self.num_heads, "head_dim": self.head_dim, "expand_v": 1.0}
         if self.mixer == "mixture_of_memories":
             options |= {"num_memories": self.num_memories, "topk": self.topk}
+        memory_options = {"num_keys": self.memory_num_keys, "topk": self.memory_topk, "sparse_grad": True}
         return LanguageModelConfig(
             vocab_size=256,
             hidden_size=self.hidden_size,
@@ -110,6 +117,8 @@ class TrainConfig:
             mixer=self.mixer,
             mixer_options=options,
             intermediate_size=self.intermediate_size,
+            memory=self.memory,
+            memory_options=memory_options if self.memory else {},
         )
 
 
@@ -251,7 +260,7 @@ class Trainer:
             balance_loss = torch.stack([layer.balance_loss for layer in routing]).mean()
             total = loss + self.config.balance_coefficient * balance_loss
         total.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
+        clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
         bits = float(loss.detach()) / math.log(2)
         if not math.isfinite(bits):
             raise FloatingPointError(f"the loss is {bits} at step {self.step}; the last checkpoint is intact")
@@ -373,13 +382,17 @@ def resumed_config(out: str | os.PathLike[str], given: dict[str, Any]) -> TrainC
     return TrainConfig(**{**stored, **given})
 
 
-def make_optimizer(model: LanguageModel, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW with weight decay on the matrices only: norms, gates and convolutions keep their scale."""
+def make_optimizer(model: LanguageModel, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
+    """AdamW with weight decay on the matrices only: norms, gates, convolutions and memory tables keep their scale. It
+    is remora's where tables have row gradients.
+    """
     layers = (nn.Linear, nn.Embedding, GroupedLinear)
     decayed = {id(module.weight) for module in model.modules() if isinstance(module, layers)}
     matrices = [p for p in model.parameters() if id(p) in decayed]
     others = [p for p in model.parameters() if id(p) not in decayed]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    if any(isinstance(module, MemoryTable) and module.sparse_grad for module in model.modules()):
+        return SparseAdamW(groups, lr=learning_rate, betas=(0.9, 0.95))
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=True)
 
 

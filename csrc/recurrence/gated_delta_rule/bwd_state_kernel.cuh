@@ -164,7 +164,9 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
     return;
   }
 
-  const int lane_idx = threadIdx.x % 32, row = lane_idx / 4, col = lane_idx % 4 * 2;
+  // half: read anew, or a register spills
+  const int thread_idx = std::is_same_v<T, __half> ? read_thread_idx() : static_cast<int>(threadIdx.x);
+  const int lane_idx = thread_idx % 32, row = lane_idx / 4, col = lane_idx % 4 * 2;
   const int warp_v0 = v0 + warp_idx * 16;
   auto& target = smem.target[warp_idx];
   // Every lane writes the same.
@@ -341,7 +343,7 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
     }
 
     // X leaves through the warp's own columns of dO.
-    const int num_tokens = target.num_tokens - chunk_idx * BLOCK_T, num_v = target.num_v;
+    const int num_tokens = min(BLOCK_T, target.num_tokens - chunk_idx * BLOCK_T), num_v = target.num_v;
     const int64_t value_stride = target.value_stride;
     if constexpr (sizeof(T) == 4) {
 #pragma unroll
@@ -385,7 +387,7 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
       }
     }
     if (chunk_idx >= kNumStages) named_barrier_arrive(Traits::kEmpty + stage_idx, kHandOverThreads);
-    stage_idx = (stage_idx + 1) % kNumStages;
+    stage_idx = kNumStages == 2 ? stage_idx ^ 1 : stage_idx + 1 == kNumStages ? 0 : stage_idx + 1;
   }
 
   if (params.d_initial_state != nullptr) {

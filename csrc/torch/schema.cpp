@@ -105,4 +105,16 @@ STABLE_TORCH_LIBRARY(remora, m) {
       "sub_key_scores_bwd(Tensor query, Tensor keys, Tensor index, Tensor d_scores, int score, float tau, float eps) "
       "-> (Tensor d_query, Tensor d_keys)");
   m.def("tucker_select(Tensor sub_scores, Tensor core, int topk, int positive) -> Tensor");
+  m.def(
+      "selective_scan_fwd(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
+      "Tensor? delta_bias, Tensor? initial_state, Tensor? cu_seqlens, bool delta_softplus, bool reverse, "
+      "bool output_final_state, bool save_states) -> (Tensor out, Tensor final_state, Tensor saved_states)");
+  m.def(
+      "selective_scan_bwd(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
+      "Tensor? delta_bias, Tensor? cu_seqlens, Tensor saved_states, Tensor d_out, Tensor? d_final_state, "
+      "bool has_initial_state, bool delta_softplus, bool reverse) -> (Tensor du, Tensor ddelta, Tensor dA, Tensor dB, "
+      "Tensor dC, Tensor dD, Tensor dz, Tensor ddelta_bias, Tensor d_initial_state)");
+  m.def(
+      "selective_scan_step_(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
+      "Tensor? delta_bias, Tensor(a!) state, Tensor? state_indices, bool delta_softplus) -> Tensor");
 }

@@ -5,7 +5,7 @@
 #include <cstring>
 
 #include "common/cpu/arena.h"
-#include "common/cpu/simd.h"
+#include "common/cpu/functions.h"
 #include "recurrence/causal_conv1d/cpu.h"
 #include "recurrence/cpu_sequence.h"
 
@@ -33,12 +33,6 @@ struct Filter {
     }
   }
 };
-
-template <class T>
-REMORA_INLINE Vec<T> sigmoid(Vec<T> x) {
-  const Vec<T> e = exp_nonpositive(x < T(0) ? x : -x);
-  return (x < T(0) ? e : broadcast(T(1))) / (T(1) + e);
-}
 
 /// Row pointers of the W inputs that one token sees, oldest first; null stands for zeros before a sequence.
 template <class E>
@@ -104,19 +98,6 @@ REMORA_INLINE Taps<E> taps_of(const Params& p, int64_t seq_idx, int64_t begin, i
     }
   }
   return taps;
-}
-
-template <class T, class E>
-REMORA_INLINE Vec<T> load_lanes(const E* p, int64_t d, int64_t lanes) {
-  return d + kWidth<T> <= lanes ? load<T>(p + d) : load_first<T>(p + d, lanes - d);
-}
-template <class T, class E>
-REMORA_INLINE void store_lanes(E* p, int64_t d, int64_t lanes, Vec<T> x) {
-  if (d + kWidth<T> <= lanes) {
-    store<T>(p + d, x);
-  } else {
-    store_first<T>(p + d, x, lanes - d);
-  }
 }
 
 /// bias + sum of taps, at channels d ... of the block.

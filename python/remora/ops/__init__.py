@@ -29,6 +29,8 @@ from remora.ops.recurrence import (
     fused_recurrent_gated_delta_rule,
     fused_recurrent_simple_gla,
     gated_delta_rule_step,
+    selective_scan,
+    selective_state_update,
     simple_gla_step,
 )
 from remora.ops.routed import (
@@ -74,6 +76,8 @@ __all__ = [
     "row_norm",
     "rowwise_adagrad_",
     "rowwise_adam_",
+    "selective_scan",
+    "selective_state_update",
     "simple_gla_step",
     "slot_plan",
     "sparse_adamw_",

@@ -8,6 +8,7 @@ from remora.ops.recurrence.gated_delta_rule import (
     fused_recurrent_gated_delta_rule,
     gated_delta_rule_step,
 )
+from remora.ops.recurrence.selective_scan import selective_scan, selective_state_update
 from remora.ops.recurrence.simple_gla import (
     chunk_lightning_attn,
     chunk_linear_attn,
@@ -30,5 +31,7 @@ __all__ = [
     "fused_recurrent_gated_delta_rule",
     "fused_recurrent_simple_gla",
     "gated_delta_rule_step",
+    "selective_scan",
+    "selective_state_update",
     "simple_gla_step",
 ]

@@ -23,7 +23,7 @@ def test_registry_selects_by_words():
     everything = cases.select(None, everything=True)
     assert len({c.name for c in everything}) == len(everything)
     assert {c.mode for c in everything} == {"fwd", "fwd+bwd", "decode"}
-    chosen = cases.select("fwd fp32 T4096 K=V=128")
+    chosen = cases.select("gated_delta_rule fwd fp32 T4096 K=V=128")
     assert [(c.mode, c.dtype, c.T, c.D) for c in chosen] == [("fwd", "fp32", 4096, 128)]
     assert not cases.select("no such case")
 

@@ -402,10 +402,11 @@ def test_errors():
         ops.mom_gated_delta_rule(**inputs.tensors, indices=inputs.indices.float(), num_memories=3)
     with pytest.raises(ValueError, match="use_gate_in_kernel=True needs g"):
         ops.mom_gated_delta_rule(**(inputs.tensors | {"g": None}), **call, use_gate_in_kernel=True)
-    step = {name: x[:, :1] for name, x in inputs.tensors.items() if name != "initial_state"}
+    several = {name: x for name, x in inputs.tensors.items() if name != "initial_state"}
+    step = {name: x[:, :1] for name, x in several.items()}
     state = torch.zeros(2, 3, 2, 16, 24)
     with pytest.raises(ValueError, match="T = 1 in a step"):
-        ops.mom_gated_delta_rule_step(**(step | {"weights": torch.rand(2, 4, 2)}), indices=inputs.indices, state=state)
+        ops.mom_gated_delta_rule_step(**several, indices=inputs.indices, state=state)
     with pytest.raises(ValueError, match="state must be contiguous"):
         ops.mom_gated_delta_rule_step(**step, indices=inputs.indices[:, :1], state=state[0])
     with pytest.raises(ValueError, match="has no gradient"):

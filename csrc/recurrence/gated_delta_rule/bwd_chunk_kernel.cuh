@@ -335,6 +335,7 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
                                                  is_aligned, threadIdx.x);
   if (threadIdx.x == 0) {
     smem.source.k = gmem_k;
+    smem.source.rows = rows;
     smem.source.q = static_cast<const T*>(params.q) + first.offset(q_stride) + key_head * q_stride.head;
   }
 
@@ -357,9 +358,11 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
     }
     __syncthreads();
 
-    const auto earlier_rows = [&](int num_back) { return rows == nullptr ? nullptr : rows - num_back * BLOCK_T; };
+    const auto earlier_rows = [&](int num_back) {
+      return smem.source.rows == nullptr ? nullptr : smem.source.rows - num_back * BLOCK_T;
+    };
     const auto load_earlier_keys = [&](int num_back) {
-      const int64_t back = rows == nullptr ? num_back * BLOCK_T : 0;
+      const int64_t back = smem.source.rows == nullptr ? num_back * BLOCK_T : 0;
       load_tokens<T, BLOCK_T, HEAD_DIM, kNumThreads>(smem_q, smem.source.k - back * k_stride.token, k_stride, shape,
                                                      earlier_rows(num_back), BLOCK_T, head_dim, is_aligned,
                                                      threadIdx.x);
@@ -369,7 +372,7 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
     };
     const auto load_values = [&](uint32_t dst, const T* src, const TokenStrides& stride, int num_back, int v0) {
       load_tokens<T, BLOCK_T, BLOCK_V, kNumThreads>(
-          dst, src - (rows == nullptr ? num_back * BLOCK_T : 0) * stride.token + v0, stride, shape,
+          dst, src - (smem.source.rows == nullptr ? num_back * BLOCK_T : 0) * stride.token + v0, stride, shape,
           earlier_rows(num_back), num_back > 0 ? BLOCK_T : num_tokens, min(BLOCK_V, value_dim - v0), is_aligned,
           threadIdx.x);
     };
@@ -393,7 +396,8 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
     };
 
     // Gates, norms and inverses
-    load_gates(smem.coef[0], smem.source.g, smem.source.beta, gate_stride, shape, rows, num_tokens, threadIdx.x);
+    load_gates(smem.coef[0], smem.source.g, smem.source.beta, gate_stride, shape, smem.source.rows, num_tokens,
+               threadIdx.x);
     if (kPreparesBoth && num_earlier > 0) load_earlier_keys(1);
     cp_async_commit();
     if constexpr (kNumStages == 2) {
@@ -460,8 +464,8 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
         advance_state<Traits>(r, smem_q, smem_state, smem_earlier_u, smem.coef[1]);
       }
       if (is_last) {
-        load_tokens<T, BLOCK_T, HEAD_DIM, kNumThreads>(smem_q, smem.source.q, q_stride, shape, rows, num_tokens,
-                                                       head_dim, is_aligned, threadIdx.x);
+        load_tokens<T, BLOCK_T, HEAD_DIM, kNumThreads>(smem_q, smem.source.q, q_stride, shape, smem.source.rows,
+                                                       num_tokens, head_dim, is_aligned, threadIdx.x);
         cp_async_commit();
       }
 
@@ -484,8 +488,8 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
         }
       }
       __syncthreads();
-      store_tokens<T, BLOCK_T, BLOCK_V, kNumThreads>(smem.source.dv + v0, value_stride, shape, rows, num_tokens,
-                                                     min(BLOCK_V, value_dim - v0), smem_dv, is_aligned);
+      store_tokens<T, BLOCK_T, BLOCK_V, kNumThreads>(smem.source.dv + v0, value_stride, shape, smem.source.rows,
+                                                     num_tokens, min(BLOCK_V, value_dim - v0), smem_dv, is_aligned);
 
       // Products that contract V
 #pragma unroll 1
@@ -666,7 +670,7 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
         dg[part] += carry + (lane_idx == 0 ? 0.f : below);
         carry += __shfl_sync(kFullWarp, earlier, 31);
         if (token < num_tokens) {
-          const int64_t row = rows == nullptr ? token : routed_row(shape, rows[token]).row;
+          const int64_t row = smem.source.rows == nullptr ? token : routed_row(shape, smem.source.rows[token]).row;
           if (params.dg != nullptr) static_cast<float*>(params.dg)[token_head + row * gate_stride] = dg[part];
           static_cast<float*>(params.dbeta)[token_head + row * gate_stride] =
               smem.row_sums[2][0][token] + smem.row_sums[2][1][token];
@@ -763,10 +767,10 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
     }
     __syncthreads();
     const int64_t out_stride = shape.num_heads * head_dim, out = first.row * out_stride + key_head * head_dim;
-    store_tokens<T, BLOCK_T, HEAD_DIM, kNumThreads>(static_cast<T*>(params.dq) + out, out_stride, shape, rows,
-                                                    num_tokens, head_dim, smem_q, is_aligned);
-    store_tokens<T, BLOCK_T, HEAD_DIM, kNumThreads>(static_cast<T*>(params.dk) + out, out_stride, shape, rows,
-                                                    num_tokens, head_dim, smem_k, is_aligned);
+    store_tokens<T, BLOCK_T, HEAD_DIM, kNumThreads>(static_cast<T*>(params.dq) + out, out_stride, shape,
+                                                    smem.source.rows, num_tokens, head_dim, smem_q, is_aligned);
+    store_tokens<T, BLOCK_T, HEAD_DIM, kNumThreads>(static_cast<T*>(params.dk) + out, out_stride, shape,
+                                                    smem.source.rows, num_tokens, head_dim, smem_k, is_aligned);
   }
 }
 

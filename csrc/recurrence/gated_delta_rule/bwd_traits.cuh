@@ -98,6 +98,7 @@ struct BwdChunkTraits : BwdTraits<T_, HEAD_DIM_> {
       T_* dv;
       const typename Base::TSaved *state, *d_state;
       const float *g, *beta;
+      const int32_t* rows;  // of the chunk, or null
     } source;
     float warp_values[kNumWarps];
     float row_sums[4][2][BLOCK_T];

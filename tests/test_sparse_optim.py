@@ -298,9 +298,10 @@ def test_traffic_is_that_of_the_rows():
     table = torch.randn(N, d)
     state = State(table, False, "lazy")
     rows = torch.arange(0, N, 16, dtype=torch.int32)
-    sim.reset_stats()
-    state.update(rows, torch.randn(len(rows), d), torch.tensor(U, dtype=torch.int32))
-    (counters,) = [c for name, c in sim.stats().items() if "sparse_update" in name]
+    with sim.options(memory_stats=1):
+        sim.reset_stats()
+        state.update(rows, torch.randn(len(rows), d), torch.tensor(U, dtype=torch.int32))
+        (counters,) = [c for name, c in sim.stats().items() if "sparse_update" in name]
     loaded, stored = (counters[f"global_{kind}"]["bytes"] for kind in ("load", "store"))
     assert stored == 3 * U * d * 4
     assert 4 * U * d * 4 <= loaded < 4 * U * d * 4 + 4096

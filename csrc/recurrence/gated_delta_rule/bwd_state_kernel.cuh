@@ -164,8 +164,8 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
     return;
   }
 
-  // half: read anew, or a register spills
-  const int thread_idx = std::is_same_v<T, __half> ? read_thread_idx() : static_cast<int>(threadIdx.x);
+  // Read anew where a register would spill otherwise.
+  const int thread_idx = !std::is_same_v<T, __nv_bfloat16> ? read_thread_idx() : static_cast<int>(threadIdx.x);
   const int lane_idx = thread_idx % 32, row = lane_idx / 4, col = lane_idx % 4 * 2;
   const int warp_v0 = v0 + warp_idx * 16;
   auto& target = smem.target[warp_idx];

@@ -29,7 +29,7 @@ __device__ __forceinline__ int64_t clamped_cu_seqlen(const SimpleGlaStepParams& 
 }
 
 template <typename T, int HEAD_DIM, bool kVFirst>
-__global__ void __launch_bounds__(kStepThreads)
+__global__ void __launch_bounds__(kStepThreads, 2)
     simple_gla_step_kernel(const __grid_constant__ SimpleGlaStepKernelParams params) {
   constexpr int kRows = HEAD_DIM / 16;
   const SimpleGlaStepParams& op = params.op;

@@ -39,7 +39,8 @@ __device__ __forceinline__ void copy_rows(uint32_t dst, const WalkTensor& tensor
   const int num_cols = min(tensor.num_channels - col0, COLS);
   if (rows == nullptr) {
     copy_tile_async<T, ROWS, COLS, kWalkThreads>(dst, src + row_at(shape, rows, position).offset(tensor.stride),
-                                                 tensor.stride.token, num_rows, num_cols, is_aligned, threadIdx.x);
+                                                 tensor.stride.token, num_rows, num_cols, is_aligned,
+                                                 read_thread_idx());
     return;
   }
   constexpr int kElements = 16 / sizeof(T), kUnits = COLS / kElements;
@@ -197,8 +198,14 @@ __global__ void __launch_bounds__(kWalkThreads, 1) simple_gla_walk_kernel(const 
   const int x0 = tile * kWalkBlockX, warp_x = warp_idx * 16;
   const int num_x = min(max(x_dim - x0 - warp_x, 0), 16);
   const int64_t state_size = int64_t{x_dim} * d_dim;
-  const int64_t state_offset = (seq_idx * num_heads + head) * state_size + (x0 + warp_x) * params.entry_stride_x;
-  const int64_t inner_offset = head * state_size + (x0 + warp_x) * params.saved_stride_x;
+  // Of the warp's rows; forward from the thread's index anew, or registers spill.
+  const auto row_offset = [&](int64_t stride_x) {
+    return (x0 + (kReverse ? warp_x : read_thread_idx() / 32 * 16)) * stride_x;
+  };
+  const auto state_offset = [&] {
+    return (seq_idx * num_heads + head) * state_size + row_offset(params.entry_stride_x);
+  };
+  const auto inner_offset = [&] { return head * state_size + row_offset(params.saved_stride_x); };
   const int64_t slot_stride = num_heads * state_size;
   const auto for_each = [&](int64_t stride_x, int64_t stride_d, auto f) {
     for_each_state<DIM / 8>(num_x, d_dim, stride_x, stride_d, f);
@@ -211,17 +218,17 @@ __global__ void __launch_bounds__(kWalkThreads, 1) simple_gla_walk_kernel(const 
   FragC z[DIM / 8] = {};
   if (!kReverse && params.saved_use == WalkParams::kStartFrom && (span > 0 || params.entry == nullptr)) {
     if (num_tokens > 0) {
-      const Saved* src = static_cast<const Saved*>(params.saved_states) + saved_slot * slot_stride + inner_offset;
+      const Saved* src = static_cast<const Saved*>(params.saved_states) + saved_slot * slot_stride + inner_offset();
       for_each(params.saved_stride_x, params.saved_stride_d,
                [&](int i, int r, int64_t at) { z[i].r[r] = static_cast<float>(src[at]); });
     }
   } else if (is_first) {
     if (params.entry != nullptr) {
-      const float* src = params.entry + state_offset;
+      const float* src = params.entry + state_offset();
       for_each(params.entry_stride_x, params.entry_stride_d, [&](int i, int r, int64_t at) { z[i].r[r] = src[at]; });
     }
   } else if (!is_summary) {
-    const float* src = params.span_states + span_slot * slot_stride + inner_offset;
+    const float* src = params.span_states + span_slot * slot_stride + inner_offset();
     for_each(params.saved_stride_x, params.saved_stride_d, [&](int i, int r, int64_t at) { z[i].r[r] = src[at]; });
   }
 
@@ -309,8 +316,9 @@ __global__ void __launch_bounds__(kWalkThreads, 1) simple_gla_walk_kernel(const 
         dst = static_cast<Saved*>(params.chunk_states) + (chunk_slot + chunk) * slot_stride;
       }
       if (dst != nullptr) {
+        dst += inner_offset();
         for_each(params.saved_stride_x, params.saved_stride_d,
-                 [&](int i, int r, int64_t at) { dst[inner_offset + at] = static_cast<Saved>(z[i].r[r]); });
+                 [&](int i, int r, int64_t at) { dst[at] = static_cast<Saved>(z[i].r[r]); });
       }
     }
     if constexpr (kReverseDots) {
@@ -319,10 +327,10 @@ __global__ void __launch_bounds__(kWalkThreads, 1) simple_gla_walk_kernel(const 
                              ? static_cast<const Saved*>(params.saved_states) +
                                    (saved_slot + chunk / (kStateInterval / BLOCK_T)) * slot_stride
                              : static_cast<const Saved*>(params.chunk_states) + (chunk_slot + chunk) * slot_stride;
+      src += inner_offset();
       float product = 0.f;
-      for_each(params.saved_stride_x, params.saved_stride_d, [&](int i, int r, int64_t at) {
-        product = fmaf(z[i].r[r], static_cast<float>(src[inner_offset + at]), product);
-      });
+      for_each(params.saved_stride_x, params.saved_stride_d,
+               [&](int i, int r, int64_t at) { product = fmaf(z[i].r[r], static_cast<float>(src[at]), product); });
       product = warp_sum(product);
       if (lane_idx == 0) smem_products[warp_idx] = product * decay;
     }
@@ -598,13 +606,13 @@ __global__ void __launch_bounds__(kWalkThreads, 1) simple_gla_walk_kernel(const 
 
   // State at the far end
   if (is_summary) {
-    float* dst = params.span_states + span_slot * slot_stride + inner_offset;
+    float* dst = params.span_states + span_slot * slot_stride + inner_offset();
     for_each(params.saved_stride_x, params.saved_stride_d, [&](int i, int r, int64_t at) { dst[at] = z[i].r[r]; });
     if (tile == 0 && threadIdx.x == 0) {
       params.span_decays[span_slot * num_heads + head] = num_chunks > 0 ? smem_products[0] : 1.f;
     }
   } else if (is_last && params.exit != nullptr) {
-    float* dst = params.exit + state_offset;
+    float* dst = params.exit + state_offset();
     for_each(params.entry_stride_x, params.entry_stride_d, [&](int i, int r, int64_t at) { dst[at] = z[i].r[r]; });
   }
 }

@@ -1,4 +1,4 @@
-"""python -m bench {cpu,pkm,bags,mom,counters,resources,model}: see bench/README.md."""
+"""python -m bench {cpu,gpu,pkm,bags,mom,memory,counters,resources,model}: see bench/README.md."""
 
 import importlib
 import sys
@@ -7,6 +7,7 @@ COMMANDS = {
     "cpu": "CPU times beside peers (measured)",
     "mom": "Mixture-of-Memories beside torch operators (measured); --counters: its kernels (simulated)",
     "bags": "CPU times of weighted bags beside peers (measured); in the simulator: their counters",
+    "gpu": "times on this machine's GPU beside peers (measured)",
     "counters": "work counters of CUDA kernels in the simulator, beside flash-linear-attention's (simulated)",
     "memory": "CPU times of a memory layer and its optimizer beside torch (measured)",
     "resources": "registers, spills and shared memory of every CUDA kernel",

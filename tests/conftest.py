@@ -1,6 +1,7 @@
 """Settings that must precede `import remora`, and what every test file may use.
 
 REMORA_BACKEND=sim runs the same tests through the CUDA path: its kernels, built to PTX, on the simulated device.
+REMORA_BACKEND=cuda runs them on the GPU of this machine.
 """
 
 import os
@@ -23,13 +24,13 @@ def pytest_report_header():
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "cpu_only: about CPU kernels; not collected under REMORA_BACKEND=sim")
+    config.addinivalue_line("markers", "cpu_only: about CPU kernels; not collected under another REMORA_BACKEND")
     config.addinivalue_line("markers", "sim_only: about the simulated device; collected under REMORA_BACKEND=sim only")
 
 
 def pytest_collection_modifyitems(config, items):
-    wrong = "cpu_only" if SIM else "sim_only"
-    dropped = [item for item in items if item.get_closest_marker(wrong)]
+    wrong = {"cpu": ["sim_only"], "sim": ["cpu_only"], "cuda": ["cpu_only", "sim_only"]}[_ext.HOST_BACKEND]
+    dropped = [item for item in items if any(item.get_closest_marker(marker) for marker in wrong)]
     if dropped:
         items[:] = [item for item in items if not item.get_closest_marker(wrong)]
         config.hook.pytest_deselected(items=dropped)
@@ -42,14 +43,14 @@ def _same_start():
 
 @pytest.fixture(scope="session")
 def backend():
-    """'cpu' or 'sim'."""
+    """'cpu', 'sim' or 'cuda'."""
     return _ext.HOST_BACKEND
 
 
 @pytest.fixture(params=["early", "late"] if SIM else ["native"])
 def kernels(request):
-    """Runs the test once on the CPU. In the simulator, once with asynchronous copies done as early and once as late as
-    the programming model allows, with every checker on.
+    """Runs the test once on the CPU or the GPU. In the simulator, once with asynchronous copies done as early and once
+    as late as the programming model allows, with every checker on.
     """
     if not SIM:
         yield request.param

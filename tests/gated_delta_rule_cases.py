@@ -12,7 +12,7 @@ from remora import _ext
 from remora.ops.recurrence.gated_delta_rule.naive import naive_gated_delta_rule
 from remora.testing.numeric import assert_accurate
 
-SIM = _ext.HOST_BACKEND == "sim"
+CUDA_PATH = _ext.HOST_BACKEND != "cpu"
 HALF = {torch.bfloat16: (0.004, 0.006)}  # bounds of outputs and gradients tighter than the general rule
 NAMES = ("q", "k", "v", "g", "beta", "initial_state")
 
@@ -269,7 +269,7 @@ def check(function, case: Case) -> None:
 
 
 def in_every_dtype(cases: dict[str, Case]) -> dict[str, Case]:
-    dtypes = [torch.float32, torch.bfloat16, torch.float16] + ([] if SIM else [torch.float64])
+    dtypes = [torch.float32, torch.bfloat16, torch.float16] + ([] if CUDA_PATH else [torch.float64])
     return {
         f"{name}-{str(dtype).removeprefix('torch.')}": replace(case, dtype=dtype)
         for dtype in dtypes

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from gated_delta_rule_cases import HALF, SIM, chunked_in_plain_torch
+from gated_delta_rule_cases import CUDA_PATH, HALF, chunked_in_plain_torch
 
 from remora import ops
 from remora.ops.routed.naive import naive_mom_gated_delta_rule
 from remora.testing.numeric import assert_accurate
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16] + ([] if SIM else [torch.float64])
+DTYPES = [torch.float32, torch.bfloat16, torch.float16] + ([] if CUDA_PATH else [torch.float64])
 
 
 @dataclass(frozen=True)

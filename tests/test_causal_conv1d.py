@@ -9,8 +9,8 @@ from remora.modules import ShortConvolution
 from remora.ops.recurrence.causal_conv1d.naive import naive_causal_conv1d
 from remora.testing.numeric import assert_accurate
 
-SIM = _ext.HOST_BACKEND == "sim"
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, *([] if SIM else [torch.float64])]
+CUDA_PATH = _ext.HOST_BACKEND != "cpu"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, *([] if CUDA_PATH else [torch.float64])]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from gated_delta_rule_cases import (
-    SIM,
+    CUDA_PATH,
     Case,
     check,
     chunked_in_plain_torch,
@@ -90,7 +90,7 @@ CASES = {**SHAPES, **LAYOUTS, **PACKED, **REGIMES}
 # In the simulator every case runs in bfloat16, and these in float32 and float16 too.
 CORE = ("base", "T=1", "T=129", "K=40", "V=100", "K=V=128", "v_first", "padded", "packed", "ragged", "gate model",
         "gate strong", "gate many resets", "beta mixed", "keys correlated", "l2norm")  # fmt: skip
-if SIM:
+if CUDA_PATH:
     WHOLE = {
         name: case
         for name, case in in_every_dtype(CASES).items()
@@ -192,7 +192,7 @@ def test_one_tensor_as_query_and_key():
 
 
 # The maps are the same float32 arithmetic for every dtype of q.
-LOGITS = {"float32": Case(T=70, HV=4), **({} if SIM else {"float64": Case(T=70, HV=4, dtype=torch.float64)})}
+LOGITS = {"float32": Case(T=70, HV=4), **({} if CUDA_PATH else {"float64": Case(T=70, HV=4, dtype=torch.float64)})}
 
 
 @over(LOGITS)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from gated_delta_rule_cases import SIM, Case, make_inputs, references, results, varlen
+from gated_delta_rule_cases import CUDA_PATH, Case, make_inputs, references, results, varlen
 
 from remora import ops
 from remora.testing.numeric import assert_accurate
@@ -12,8 +12,8 @@ from remora.testing.numeric import assert_accurate
 pytestmark = pytest.mark.usefixtures("kernels")
 
 FUNCTIONS = {"chunk": ops.chunk_gated_delta_rule, "recurrent": ops.fused_recurrent_gated_delta_rule}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16} | ({} if SIM else {"float16": torch.float16})
-LONG = 200 if SIM else 700
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16} | ({} if CUDA_PATH else {"float16": torch.float16})
+LONG = 200 if CUDA_PATH else 700
 functions = pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS.keys())
 dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 
@@ -38,7 +38,9 @@ def tokens(inputs, rows, batch=slice(None), keep_state=True):
 @functions
 @dtypes
 def test_three_runs_agree(function, dtype):
-    case = Case(T=LONG, B=2, H=2, HV=4, dtype=dtype, state=1.0) if not SIM else Case(T=130, dtype=dtype, state=1.0)
+    case = (
+        Case(T=LONG, B=2, H=2, HV=4, dtype=dtype, state=1.0) if not CUDA_PATH else Case(T=130, dtype=dtype, state=1.0)
+    )
     first = results(function, make_inputs(case))
     for _ in range(2):
         assert_same(results(function, make_inputs(case)), first)
@@ -68,7 +70,7 @@ def test_the_number_of_threads_does_not_matter(function, dtype, case):
 @functions
 @dtypes
 def test_a_sequence_alone_in_a_batch_and_packed(function, dtype):
-    lengths = (70, 130) if SIM else (1, 64, 0, 300, 129, 70)
+    lengths = (70, 130) if CUDA_PATH else (1, 64, 0, 300, 129, 70)
     case = varlen(*lengths, dtype=dtype, H=1, HV=2, state=1.0)
     inputs = make_inputs(case)
     packed = results(function, inputs)
@@ -154,7 +156,7 @@ def spoil(x, value):
 @functions
 @dtypes
 @pytest.mark.parametrize("bad", BAD.values(), ids=BAD.keys())
-@pytest.mark.parametrize("at", [1, 37, 64, 127] if SIM else [1, 15, 16, 37, 63, 64, 127, 128, 129])
+@pytest.mark.parametrize("at", [1, 37, 64, 127] if CUDA_PATH else [1, 15, 16, 37, 63, 64, 127, 128, 129])
 def test_outputs_do_not_see_later_tokens(function, dtype, bad, at):
     case = Case(T=140, dtype=dtype, state=1.0)
     inputs = make_inputs(case, requires_grad=False)
@@ -219,7 +221,7 @@ def test_state_handed_over_at_an_aligned_cut_is_exact(function, dtype, gate, v_f
     case = Case(T=LONG, dtype=dtype, gate=gate, state=1.0, v_first=v_first, V=40)
     inputs = make_inputs(case)
     o, final_state = inputs.call(function)
-    for cut in [128] if SIM else [128, 256, 640]:
+    for cut in [128] if CUDA_PATH else [128, 256, 640]:
         joined, joined_state = join(function, inputs, cut)
         assert torch.equal(joined, o), cut
         assert torch.equal(joined_state, final_state), cut
@@ -264,7 +266,7 @@ def test_prefill_then_steps_is_the_whole(dtype, prefill):
     outputs, state = [o.detach()], state.detach()
     rest = {name: inputs.tensors[name].detach() for name in ("q", "k", "v", "g", "beta")}
     with torch.no_grad():
-        for t in range(prefill, case.T if not SIM else min(case.T, prefill + 5)):
+        for t in range(prefill, case.T if not CUDA_PATH else min(case.T, prefill + 5)):
             token = {name: x[:, t : t + 1] for name, x in rest.items()}
             outputs.append(ops.gated_delta_rule_step(**token, state=state))
     joined = torch.cat(outputs, dim=1)

@@ -3,12 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from gated_delta_rule_cases import SIM
+from gated_delta_rule_cases import CUDA_PATH
 
 pytestmark = pytest.mark.usefixtures("kernels")
 OP = torch.ops.remora
 SCALE, L2NORM, V_FIRST = 0.3, True, False
-DTYPES = [torch.float32, torch.bfloat16, torch.float16] + ([] if SIM else [torch.float64])
+DTYPES = [torch.float32, torch.bfloat16, torch.float16] + ([] if CUDA_PATH else [torch.float64])
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 
 

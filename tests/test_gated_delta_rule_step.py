@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from gated_delta_rule_cases import HALF, SIM, Case, arrange, chunked_in_plain_torch, make_inputs
+from gated_delta_rule_cases import CUDA_PATH, HALF, Case, arrange, chunked_in_plain_torch, make_inputs
 
 from remora.ops import gated_delta_rule_step
 from remora.ops.recurrence.gated_delta_rule.naive import naive_gated_delta_rule
@@ -32,9 +32,9 @@ BASE = {
     "strided rows": Case(B=2, T=2, layout="strided rows"),
     "B=0": Case(B=0, T=1),
     "T=0": Case(B=2, T=0),
-    **({} if SIM else {"K=V=256": Case(B=2, T=1, K=256, V=256), "B=64": Case(B=64, T=1, H=2, HV=4)}),
+    **({} if CUDA_PATH else {"K=V=256": Case(B=2, T=1, K=256, V=256), "B=64": Case(B=64, T=1, H=2, HV=4)}),
 }
-DTYPES = [torch.float32, torch.bfloat16, torch.float16] + ([] if SIM else [torch.float64])
+DTYPES = [torch.float32, torch.bfloat16, torch.float16] + ([] if CUDA_PATH else [torch.float64])
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from gated_delta_rule_cases import SIM
+from gated_delta_rule_cases import CUDA_PATH
 from mom_cases import DTYPES, Case, check, make_inputs, oracle, results
 
 from remora import ops
@@ -149,7 +149,7 @@ def test_plan_of_many_memories_and_of_int64_indices():
 
 def test_plan_of_many_tokens():
     """More than one chunk of the counting sort on either device."""
-    indices = torch.randint(0, 5, (1, 5000 if SIM else 30000, 2))
+    indices = torch.randint(0, 5, (1, 5000 if CUDA_PATH else 30000, 2))
     plan = ops.route_plan(indices, 5, shared_memory=True)
     J, T = 3, indices.shape[1]
     memory = torch.cat([indices[0], torch.full((T, 1), 5)], dim=-1).flatten()
@@ -211,7 +211,7 @@ IN_DTYPES = {
     f"{name}-{str(dtype).removeprefix('torch.')}": replace(case, dtype=dtype)
     for name, case in CASES.items()
     for dtype in DTYPES
-    if not SIM or dtype == torch.float32 or name in ("shared memory", "packed")
+    if not CUDA_PATH or dtype == torch.float32 or name in ("shared memory", "packed")
 }
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from gated_delta_rule_cases import SIM
+from gated_delta_rule_cases import CUDA_PATH
 from simple_gla_cases import chunked_in_plain_torch
 
 from remora import ops
@@ -11,7 +11,7 @@ from remora.ops.routed.naive import naive_mom_simple_gla
 from remora.testing.numeric import assert_accurate
 
 pytestmark = pytest.mark.usefixtures("kernels")
-DTYPES = [torch.float32, torch.bfloat16] + ([] if SIM else [torch.float64])
+DTYPES = [torch.float32, torch.bfloat16] + ([] if CUDA_PATH else [torch.float64])
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 
 
@@ -75,7 +75,7 @@ def check(x, indices, M, dtype, **options):
 @dtypes
 @pytest.mark.parametrize("shared", [False, True], ids=["", "shared"])
 @pytest.mark.parametrize("per_choice", [False, True], ids=["", "per choice"])
-@pytest.mark.parametrize(("M", "k"), [(3, 2)] if SIM else [(3, 2), (2, 1), (3, 3), (6, 1)])
+@pytest.mark.parametrize(("M", "k"), [(3, 2)] if CUDA_PATH else [(3, 2), (2, 1), (3, 3), (6, 1)])
 def test_routed_is_masked_dense(dtype, shared, per_choice, M, k):
     x, indices = inputs(M=M, k=k, dtype=dtype, per_choice=per_choice, shared=shared)
     check(x, indices, M, dtype, shared_memory=shared)
@@ -113,7 +113,7 @@ def test_the_number_of_threads_does_not_matter(dtype):
 
 def test_capacity_drops():
     x, indices = inputs(B=1, T=12, M=2, k=1)
-    if SIM:
+    if CUDA_PATH:
         x = {name: y.detach().float().requires_grad_() for name, y in x.items()}
     indices = torch.zeros_like(indices)
     keep = torch.arange(12)[None, :, None] < 5

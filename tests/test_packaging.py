@@ -190,7 +190,7 @@ def test_a_tensor_on_a_device_without_kernels_is_named(monkeypatch):
 def test_an_unknown_backend_is_an_error():
     done = python("import remora", REMORA_BACKEND="tpu")
     assert done.returncode != 0
-    assert "REMORA_BACKEND must be 'cpu' or 'sim', got 'tpu'" in done.stderr
+    assert "REMORA_BACKEND must be 'cpu', 'sim' or 'cuda', got 'tpu'" in done.stderr
 
 
 @pytest.mark.cpu_only

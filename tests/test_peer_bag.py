@@ -8,8 +8,8 @@ from remora import _ext, ops
 from remora.ops.pkm.memory_bag.naive import naive_peer_bag
 from remora.testing.numeric import assert_accurate
 
-SIM = _ext.HOST_BACKEND == "sim"
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, *([] if SIM else [torch.float64])]
+CUDA_PATH = _ext.HOST_BACKEND != "cpu"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, *([] if CUDA_PATH else [torch.float64])]
 
 
 def make(T=6, P=10, N=40, dp=32, dv=40, h=1, dtype=torch.float32, slots=None):

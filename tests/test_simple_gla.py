@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from gated_delta_rule_cases import SIM, in_every_dtype, results
+from gated_delta_rule_cases import CUDA_PATH, in_every_dtype, results
 from simple_gla_cases import Case, check, make_inputs, varlen
 from torch.library import opcheck
 
@@ -57,10 +57,10 @@ LARGE = {
 # Every case runs in bfloat16, on the CPU in float32 too; these in every dtype, and token by token.
 CORE = ("base", "T=1", "T=129", "K=40", "V=100", "v_first", "layout padded", "ragged", "gate model", "gate strong",
         "gate many resets", "gamma too")  # fmt: skip
-EVERY = in_every_dtype(CASES if SIM else {**CASES, **{f"large {name}": case for name, case in LARGE.items()}})
+EVERY = in_every_dtype(CASES if CUDA_PATH else {**CASES, **{f"large {name}": case for name, case in LARGE.items()}})
 TOKENWISE = {name: case for name, case in EVERY.items() if name.rsplit("-", 1)[0] in CORE}
 WHOLE = TOKENWISE | {name: case for name, case in EVERY.items()
-                     if case.dtype in ((torch.bfloat16,) if SIM else (torch.bfloat16, torch.float32))}  # fmt: skip
+                     if case.dtype in ((torch.bfloat16,) if CUDA_PATH else (torch.bfloat16, torch.float32))}  # fmt: skip
 
 
 def over(cases):
@@ -102,7 +102,7 @@ def part(inputs, rows, batch=slice(None), options=None, state=None):
 @functions
 @dtypes
 def test_three_runs_agree(function, dtype):
-    case = Case(T=130 if SIM else 700, dtype=dtype, HV=1 if SIM else 4, state=1.0)
+    case = Case(T=130 if CUDA_PATH else 700, dtype=dtype, HV=1 if CUDA_PATH else 4, state=1.0)
     first = results(function, make_inputs(case))
     for _ in range(2):
         for name, value in results(function, make_inputs(case)).items():
@@ -134,7 +134,7 @@ def test_the_number_of_threads_does_not_matter(dtype, case):
 @dtypes
 def test_a_sequence_alone_and_packed(function, dtype):
     """On the CPU, a head is cut by columns in one of the two calls and not in the other."""
-    lengths = (70, 80) if SIM else (1, 64, 0, 300, 129, 70)
+    lengths = (70, 80) if CUDA_PATH else (1, 64, 0, 300, 129, 70)
     inputs = make_inputs(varlen(*lengths, dtype=dtype, H=1, HV=2, K=100, V=128, state=1.0))
     packed = results(function, inputs)
     begin = 0
@@ -155,7 +155,7 @@ BAD = {"other": 0.5, "nan": torch.nan, "inf": torch.inf, "-inf": -torch.inf, "hu
 @functions
 @dtypes
 @pytest.mark.parametrize("bad", BAD.values(), ids=BAD.keys())
-@pytest.mark.parametrize("at", [1, 37, 64] if SIM else [1, 15, 64, 129])
+@pytest.mark.parametrize("at", [1, 37, 64] if CUDA_PATH else [1, 15, 64, 129])
 def test_outputs_do_not_see_later_tokens(function, dtype, bad, at):
     inputs = make_inputs(Case(T=140, dtype=dtype, HV=1, state=1.0), requires_grad=False)
     clean, _ = inputs.call(function)

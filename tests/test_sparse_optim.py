@@ -15,11 +15,11 @@ from remora.ops.pkm.sparse_optim.naive import (
 )
 from remora.testing.numeric import assert_accurate
 
-SIM = _ext.HOST_BACKEND == "sim"
+CUDA_PATH = _ext.HOST_BACKEND != "cpu"
 pytestmark = pytest.mark.usefixtures("kernels")
 
 ADAM = {"lr": 0.05, "betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.1}
-DTYPES = [torch.float32, torch.bfloat16, torch.float16] + ([] if SIM else [torch.float64])
+DTYPES = [torch.float32, torch.bfloat16, torch.float16] + ([] if CUDA_PATH else [torch.float64])
 WIDE = {torch.float64: torch.float64}
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from remora import _C
+from remora import _C, _forward
 
 BACKENDS = ("cpu", "cuda", "sim")
 _ROOT = Path(__file__).parent
@@ -43,8 +43,8 @@ def _load(name: str, reason: str | None) -> Library:
 
 def _host_backend() -> str:
     backend = os.environ.get("REMORA_BACKEND", "")
-    if backend not in ("", "cpu", "sim"):
-        raise ValueError(f"REMORA_BACKEND must be 'cpu' or 'sim', got {backend!r}")
+    if backend not in ("", *BACKENDS):
+        raise ValueError(f"REMORA_BACKEND must be 'cpu', 'sim' or 'cuda', got {backend!r}")
     return backend or "cpu"
 
 
@@ -74,6 +74,8 @@ def _load_all() -> tuple[dict[str, Any], dict[str, Library]]:
     }
     if not libraries[host].loaded:
         raise ImportError(f"remora cannot load its {host} operators: {libraries[host].reason}")
+    if host == "cuda":
+        _forward.install()
     return build, libraries
 
 

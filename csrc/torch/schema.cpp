@@ -117,4 +117,13 @@ STABLE_TORCH_LIBRARY(remora, m) {
   m.def(
       "selective_scan_step_(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
       "Tensor? delta_bias, Tensor(a!) state, Tensor? state_indices, bool delta_softplus) -> Tensor");
+  m.def(
+      "segment_pool_fwd(Tensor x, Tensor? gate, Tensor? slot_bias, Tensor? segment_ids, Tensor? segment_starts, "
+      "Tensor? seq_offsets, Tensor? window_offsets, int size, int stride, int num_windows, int mode, bool dual, "
+      "bool save) "
+      "-> (Tensor y, Tensor arg, Tensor lse)");
+  m.def(
+      "segment_pool_bwd(Tensor dy, Tensor? x, Tensor? gate, Tensor? slot_bias, Tensor? segment_ids, "
+      "Tensor? segment_starts, Tensor? seq_offsets, Tensor? window_offsets, Tensor? y, Tensor? arg, Tensor? lse, "
+      "int seqlen, int size, int stride, int mode, bool dual) -> (Tensor dx, Tensor dgate, Tensor dslot_bias)");
 }

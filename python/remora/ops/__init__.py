@@ -44,6 +44,7 @@ from remora.ops.routed import (
     mom_simple_gla_step,
     route_plan,
 )
+from remora.ops.segment import segment_broadcast, segment_pool, summary_offsets
 
 __all__ = [
     "MomRoute",
@@ -76,11 +77,14 @@ __all__ = [
     "row_norm",
     "rowwise_adagrad_",
     "rowwise_adam_",
+    "segment_broadcast",
+    "segment_pool",
     "selective_scan",
     "selective_state_update",
     "simple_gla_step",
     "slot_plan",
     "sparse_adamw_",
+    "summary_offsets",
     "tucker_core_penalty",
     "tucker_pair",
     "tucker_topk",

@@ -1,0 +1,122 @@
+"""CPU times of segment pooling beside plain torch and beside a copy of its inputs, in one process, interleaved."""
+
+import argparse
+import json
+import statistics
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from remora import ops
+
+from . import report
+from .cases import DTYPES
+from .cpu import interleave, quantile
+from .peers import Run
+
+TOLERANCE = {"fp32": 1e-5, "bf16": 1.2e-2}
+CASES = {  # mode, size, stride, dual
+    "mean 4": ("mean", 4, 4, False),
+    "max 4": ("max", 4, 4, False),
+    "softmax 128": ("softmax", 128, 128, False),
+    "softmax 4 dual": ("softmax", 4, 4, True),
+    "mean 32/16": ("mean", 32, 16, False),
+    "last 10": ("last", 10, 10, False),
+}
+WITH_LOGITS = ("softmax", "weighted")
+
+
+def with_torch(
+    x: Tensor, gate: Tensor | None, bias: Tensor | None, mode: str, size: int, stride: int, dual: bool
+) -> Tensor:
+    """What one writes without an operator: windows as a view, then torch's reductions in float32."""
+
+    def windows(t: Tensor) -> Tensor:
+        return t.unfold(1, size, stride).mT  # [B, S, size, D]
+
+    if mode == "last":
+        return x[:, size - 1 :: stride]
+    values = windows(x).float()
+    if mode == "mean":
+        return values.mean(2).to(x.dtype)
+    if mode == "max":
+        return values.amax(2).to(x.dtype)
+    assert gate is not None
+    assert bias is not None
+    logits = windows(gate).float() + bias
+    if dual:
+        D = x.shape[2] // 2
+        before = torch.nn.functional.pad(logits[:, :-1, :, :D], (0, 0, 0, 0, 1, 0), value=-torch.inf)
+        logits = torch.cat([before, logits[..., D:]], 2)
+        values = torch.cat([torch.nn.functional.pad(values[:, :-1, :, :D], (0, 0, 0, 0, 1, 0)), values[..., D:]], 2)
+    return (logits.softmax(2) * values).sum(2).to(x.dtype)
+
+
+def make_runs(case: str, dtype: str, tokens: int, width: int, backward: bool) -> dict[str, Run]:
+    mode, size, stride, dual = CASES[case]
+    rng = torch.Generator().manual_seed(0)
+    channels = 2 * width if dual else width
+    x = torch.randn(1, tokens, channels, generator=rng).to(DTYPES[dtype]).requires_grad_(backward)
+    gate = bias = None
+    if mode in WITH_LOGITS:
+        gate = torch.randn(1, tokens, channels, generator=rng).to(x.dtype).requires_grad_(backward)
+        bias = torch.randn(size, channels, generator=rng).requires_grad_(backward)
+    leaves = [t for t in (x, gate, bias) if t is not None]
+    rows = (tokens - size) // stride + 1
+    dy = torch.randn(1, rows, width, generator=rng).to(x.dtype)
+
+    def finish(y: Tensor) -> dict[str, Tensor]:
+        grads = torch.autograd.grad(y, leaves, dy) if backward else ()
+        return {"y": y, **{f"d{i}": g for i, g in enumerate(grads)}}
+
+    def ours() -> dict[str, Tensor]:
+        options: Any = {"gate": gate, "slot_bias": bias} if gate is not None else {}
+        return finish(ops.segment_pool(x, size, stride, mode, dual=dual, **options))  # type: ignore[arg-type]
+
+    def peer() -> dict[str, Tensor]:
+        return finish(with_torch(x, gate, bias, mode, size, stride, dual))
+
+    def copy() -> dict[str, Tensor]:
+        return {str(i): t.detach().clone() for i, t in enumerate(leaves)}
+
+    for name, want in peer().items():
+        have = ours()[name]
+        error = float((have - want).double().norm() / want.double().norm().clamp(min=1e-30))
+        if not error < TOLERANCE[dtype]:
+            raise ValueError(f"{name} of {case}, {dtype}, differs from torch by {error:.1e}")
+    return {"remora": ours, "torch": peer, "copy of the inputs": copy}
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench segment", description=__doc__)
+    parser.add_argument("--cases", help=f"words of {', '.join(CASES)}; default: all")
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: both")
+    parser.add_argument("--budget", type=float, default=3.0, help="seconds of samples per case")
+    parser.add_argument("--json", help="write everything here")
+    o = parser.parse_args(argv)
+    host = report.host()
+    print(", ".join(f"{k} {v}" for k, v in host.items()))
+    document: dict[str, Any] = {"kind": "measured", "host": host, "cases": []}
+    rows = []
+    chosen = [c for c in CASES if set((o.cases or "").split()) <= set(c.split())]
+    for case in chosen:
+        for dtype in (o.dtype,) if o.dtype else DTYPES:
+            for backward in (False, True):
+                name = f"{case} {dtype} {'fwd+bwd' if backward else 'fwd'}"
+                times = interleave(make_runs(case, dtype, o.tokens, o.width, backward), o.budget)
+                document["cases"].append({"case": name, "seconds": times})
+                for run, values in times.items():
+                    ratio = statistics.median(a / b for a, b in zip(times["remora"], values, strict=True))
+                    times_ms = [
+                        1e3 * t for t in (statistics.median(values), *(quantile(values, q) for q in (0.2, 0.8)))
+                    ]
+                    rows.append([name, run, *(f"{t:.2f}" for t in times_ms), len(values), f"{ratio:.2f}"])
+    head = ["case", "implementation", "ms", "p20", "p80", "n", "ours/this"]
+    print(f"segment_pool, T={o.tokens} D={o.width}\n" + report.table(rows, head), flush=True)
+    if o.json:
+        with open(o.json, "w", encoding="utf-8") as file:
+            json.dump(document, file, indent=2)
+    return 0

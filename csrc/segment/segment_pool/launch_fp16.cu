@@ -1,0 +1,4 @@
+// Segment pooling of __half.
+#include "segment/segment_pool/launch_impl.cuh"
+
+REMORA_SEGMENT_POOL_INSTANCE(__half)

@@ -1,4 +1,4 @@
-"""python -m bench {cpu,gpu,pkm,bags,mom,memory,segment,counters,resources,model}: see bench/README.md."""
+"""python -m bench {cpu,gpu,pkm,bags,mom,memory,segment,counters,resources,scan,model}: see bench/README.md."""
 
 import importlib
 import sys
@@ -13,6 +13,7 @@ COMMANDS = {
     "segment": "CPU times of segment pooling beside torch and a memory copy (measured)",
     "resources": "registers, spills and shared memory of every CUDA kernel",
     "pkm": "CPU times of product-key selection beside peers (measured)",
+    "scan": "selective scan on the CPU beside jax (measured); --counters: its kernels (simulated)",
     "model": "modelled times of CUDA kernels, beside flash-linear-attention's (modelled)",
 }
 

@@ -18,19 +18,37 @@ REMORA_INLINE void store_lanes(E* p, int64_t d, int64_t lanes, Vec<T> x) {
   }
 }
 
+/// x / y for y in [1, 4], to the last bit but one: division proper takes as long as twenty other instructions.
+template <class T>
+REMORA_INLINE Vec<T> divide_near_one(Vec<T> x, Vec<T> y) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    Vec<T> r = _mm512_rcp14_ps(y);
+    r += r * (T(1) - y * r);
+    const Vec<T> q = x * r;
+    return q + r * (x - y * q);
+  }
+#endif
+  return x / y;
+}
+
 template <class T>
 REMORA_INLINE Vec<T> sigmoid(Vec<T> x) {
   const Vec<T> e = exp_nonpositive(x < T(0) ? x : -x);
-  return (x < T(0) ? e : broadcast(T(1))) / (T(1) + e);
+  return divide_near_one<T>(x < T(0) ? e : broadcast(T(1)), T(1) + e);
 }
 
 /// 2^x for any x: results below the smallest normal number may lose digits, those above the largest are infinite.
 REMORA_INLINE Vec<float> exp2(Vec<float> x) {
+#if defined(__AVX512DQ__)
+  const Vec<float> r = _mm512_reduce_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);  // 0 of an infinity
+#else
   const Vec<float> magic = broadcast(12582912.0f);
   x = (x < -127.0f) ? broadcast(-127.0f) : x;
   x = (x > 128.0f) ? broadcast(128.0f) : x;
   const Vec<float> shifted = x + magic;
   const Vec<float> r = x - (shifted - magic);
+#endif
   // Taylor series of 2^r on [-1/2, 1/2]; the term left out is below 2^-26.
   Vec<float> p = broadcast(1.54035304e-4f);
   p = p * r + 1.33335581e-3f;
@@ -39,8 +57,12 @@ REMORA_INLINE Vec<float> exp2(Vec<float> x) {
   p = p * r + 2.40226507e-1f;
   p = p * r + 6.93147181e-1f;
   p = p * r + 1.0f;
-  return reinterpret_cast<Vec<float>>(reinterpret_cast<Vec<uint32_t>>(p) +
-                                      (reinterpret_cast<Vec<uint32_t>>(shifted) << 23));
+#if defined(__AVX512DQ__)
+  return _mm512_scalef_ps(p, x - r);
+#else
+  return reinterpret_cast<Vec<float> >(reinterpret_cast<Vec<uint32_t> >(p) +
+                                       (reinterpret_cast<Vec<uint32_t> >(shifted) << 23));
+#endif
 }
 
 REMORA_INLINE Vec<double> exp2(Vec<double> x) {
@@ -52,7 +74,7 @@ REMORA_INLINE Vec<double> exp2(Vec<double> x) {
 REMORA_INLINE Vec<float> softplus(Vec<float> x) {
   const Vec<float> e = exp_nonpositive(x < 0.f ? x : -x);
   // log(1 + e) = 2 atanh(e / (2 + e)), whose argument is at most 1/3.
-  const Vec<float> s = e / (2.f + e), s2 = s * s;
+  const Vec<float> s = divide_near_one<float>(e, 2.f + e), s2 = s * s;
   Vec<float> p = broadcast(1.f / 15);
   p = p * s2 + 1.f / 13;
   p = p * s2 + 1.f / 11;

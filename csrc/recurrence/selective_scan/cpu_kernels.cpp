@@ -5,6 +5,8 @@
 // many channels, and the states of a vector are walked for every token.
 #include <algorithm>
 #include <cstring>
+#include <tuple>
+#include <type_traits>
 
 #include "common/cpu/arena.h"
 #include "common/cpu/functions.h"
@@ -16,6 +18,8 @@ namespace {
 
 constexpr int64_t kTokens = kScanInterval;
 constexpr int64_t kChannels = kScanChannels;
+/// States of a vector of channels that stay in registers with their rates.
+constexpr int kGroup = kNumRegisters / 4;
 
 /// Where the tokens of a sequence lie, in scan order.
 struct ScanSequence {
@@ -57,7 +61,10 @@ void load_tile(const E* src, int64_t stride_token, int64_t stride_lane, int64_t 
     for (int64_t t = 0; t < tokens; t += w) {
       const int64_t rows = std::min<int64_t>(w, tokens - t);
       Vec<T> block[w];
-      if (stride_token == 1) {
+      if (stride_token == 1 && rows == w && d + w <= lanes) {
+        unroll<w>([&](auto i) REMORA_ALWAYS_INLINE { block[i] = load<T>(src + (d + i) * stride_lane + t); });
+        transpose(block);
+      } else if (stride_token == 1) {
         for (int i = 0; i < w; ++i) {
           block[i] = d + i < lanes ? load_lanes<T>(src + (d + i) * stride_lane, t, tokens) : Vec<T>{};
         }
@@ -201,6 +208,28 @@ int64_t scratch_bytes(const SelectiveScanShape& shape) {
   return arena.used();
 }
 
+/// kStates states of a vector of channels through an interval; their part of the outputs is added to y.
+template <int kStates, class T, class E>
+void walk(FwdScratch<T, E>& s, int64_t tokens, int64_t d, int64_t first_state) {
+  Vec<T> rate[kStates], x[kStates];
+  unroll<kStates>([&](auto i) REMORA_ALWAYS_INLINE {
+    rate[i] = load<T>(s.a + (first_state + i) * kChannels + d);
+    x[i] = load<T>(s.x + (first_state + i) * kChannels + d);
+  });
+  const T *b = s.b + first_state, *c = s.c + first_state;
+  for (int64_t t = 0; t < tokens; ++t, b += s.ld_states, c += s.ld_states) {
+    const int64_t at = t * kChannels + d;
+    const Vec<T> dt = load<T>(s.dt + at), du = dt * load<T>(s.u + at);
+    Vec<T> y = load<T>(s.y + at);
+    unroll<kStates>([&](auto i) REMORA_ALWAYS_INLINE {
+      x[i] = exp2(dt * rate[i]) * x[i] + du * b[i];
+      y += x[i] * c[i];
+    });
+    store<T>(s.y + at, y);
+  }
+  unroll<kStates>([&](auto i) REMORA_ALWAYS_INLINE { store<T>(s.x + (first_state + i) * kChannels + d, x[i]); });
+}
+
 template <class T, class E>
 void fwd(const SelectiveScanFwdParams& p, int64_t seq_idx, int64_t channel_block, void* buffer) {
   const SelectiveScanShape& shape = p.in.shape;
@@ -217,22 +246,19 @@ void fwd(const SelectiveScanFwdParams& p, int64_t seq_idx, int64_t channel_block
       const int64_t slot = first_scan_slot(seq.tokens.begin, seq_idx) + first / kTokens;
       s.store_state(s.x, block, p.saved_states, slot);
     }
-    for (int64_t d = 0; d < block.lanes; d += kWidth<T>) {
-      for (int64_t t = 0; t < tokens; ++t) {
-        const Vec<T> dt = load<T>(s.dt + t * kChannels + d), u = load<T>(s.u + t * kChannels + d), du = dt * u;
-        Vec<T> y = load<T>(s.skip + d) * u;
-        for (int64_t n = 0; n < s.num_states; ++n) {
-          const Vec<T> x = exp2(dt * load<T>(s.a + n * kChannels + d)) * load<T>(s.x + n * kChannels + d) +
-                           du * s.b[t * s.ld_states + n];
-          store<T>(s.x + n * kChannels + d, x);
-          y += x * s.c[t * s.ld_states + n];
-        }
-        if (p.in.z) {
-          const Vec<T> z = load<T>(s.z + t * kChannels + d);
-          y *= z * sigmoid<T>(z);
-        }
-        store<T>(s.y + t * kChannels + d, y);
+    for (int64_t t = 0; t < tokens; ++t) {
+      for (int64_t d = 0; d < block.lanes; d += kWidth<T>) {
+        store<T>(s.y + t * kChannels + d, load<T>(s.skip + d) * load<T>(s.u + t * kChannels + d));
       }
+    }
+    for (int64_t d = 0; d < block.lanes; d += kWidth<T>) {
+      int64_t n = 0;
+      for (; n + kGroup <= s.num_states; n += kGroup) walk<kGroup>(s, tokens, d, n);
+      for (; n < s.num_states; ++n) walk<1>(s, tokens, d, n);
+    }
+    for (int64_t i = 0; i < tokens * kChannels && p.in.z; i += kWidth<T>) {
+      const Vec<T> z = load<T>(s.z + i);
+      store<T>(s.y + i, load<T>(s.y + i) * z * sigmoid<T>(z));
     }
     E* out = static_cast<E*>(p.out) + seq.batch() * p.out_stride.batch + seq.token(first) * p.out_stride.token +
              block.first * p.out_stride.channel;
@@ -245,10 +271,11 @@ template <class T, class E>
 struct BwdScratch : Scan<T, E> {
   T* dout;              // [kTokens, kChannels]; times the gate: the gradient of y
   T *du, *ddelta, *dz;  // [kTokens, kChannels]
-  T *x, *lambda, *da;   // [N, kChannels]; lambda: gradient of the state that enters the token to the right
+  T *lambda, *da;       // [N, kChannels]; lambda: gradient of the state that enters the token to the right
   T *dskip, *dbias;     // [kChannels]
-  T *before, *decay;    // of one vector of channels: [kTokens, N, width], states before each token
-  T *db, *dc;           // [kTokens, N, width], sums over the vectors of channels
+  T* x;                 // [kTokens + 1, N, kChannels], states before and behind each token
+  T* decay;             // [kTokens, N, kChannels]
+  T* sums;              // [ld_states, width], of one token over the vectors of channels
 
   BwdScratch(const SelectiveScanInputs& in, Arena& arena)
       : Scan<T, E>(in, arena),
@@ -256,23 +283,38 @@ struct BwdScratch : Scan<T, E> {
         du(arena.take<T>(kTokens * kChannels)),
         ddelta(arena.take<T>(kTokens * kChannels)),
         dz(arena.take<T>(kTokens * kChannels)),
-        x(arena.take<T>(this->num_states * kChannels)),
         lambda(arena.take<T>(this->num_states * kChannels)),
         da(arena.take<T>(this->num_states * kChannels)),
         dskip(arena.take<T>(kChannels)),
         dbias(arena.take<T>(kChannels)),
-        before(arena.take<T>(kTokens * this->num_states * kWidth<T>)),
-        decay(arena.take<T>(kTokens * this->num_states * kWidth<T>)),
-        db(arena.take<T>(kTokens * this->num_states * kWidth<T>)),
-        dc(arena.take<T>(kTokens * this->num_states * kWidth<T>)) {}
+        x(arena.take<T>((kTokens + 1) * this->num_states * kChannels)),
+        decay(arena.take<T>(kTokens * this->num_states * kChannels)),
+        sums(arena.take<T>(this->ld_states * kWidth<T>)) {}
+
+  /// Adds what a token's vectors of channels have left in `sums`, to the row of a share of dB or dC.
+  void put_sums(T* row) const {
+    constexpr int w = kWidth<T>;
+    for (int64_t n = 0; n < this->num_states; n += w) {
+      Vec<T> rows[w];
+      unroll<w>([&](auto i) REMORA_ALWAYS_INLINE { rows[i] = load<T>(sums + (n + i) * w); });
+      store_lanes<T>(row, n, this->num_states, sum_rows(rows));
+    }
+  }
 };
 
-/// The interval's tokens from left to right: states before each, decays, gradients of z and C.
+/// Calls f(d, is_first) for every vector of channels, is_first known at compile time.
+template <class T, class F>
+void for_each_vector(int64_t lanes, const F& f) {
+  f(int64_t{0}, std::true_type{});
+  for (int64_t d = kWidth<T>; d < lanes; d += kWidth<T>) f(d, std::false_type{});
+}
+
+/// A token of the interval, from left to right: state behind it, decays, gradients of z and C.
 template <class T, class E>
-void recompute(BwdScratch<T, E>& s, int64_t tokens, int64_t d) {
+void recompute(BwdScratch<T, E>& s, int64_t t, int64_t lanes, T* dc_row) {
   constexpr int w = kWidth<T>;
   const int64_t num_states = s.num_states;
-  for (int64_t t = 0; t < tokens; ++t) {
+  for_each_vector<T>(lanes, [&](int64_t d, auto is_first) REMORA_ALWAYS_INLINE {
     const int64_t at = t * kChannels + d;
     const Vec<T> dt = load<T>(s.dt + at), u = load<T>(s.u + at), du = dt * u;
     Vec<T> dy = load<T>(s.dout + at), gate{}, z{}, y = load<T>(s.skip + d) * u;
@@ -280,57 +322,60 @@ void recompute(BwdScratch<T, E>& s, int64_t tokens, int64_t d) {
       z = load<T>(s.z + at), gate = sigmoid<T>(z);
       dy *= z * gate;
     }
+    const T *a = s.a + d, *b = s.b + t * s.ld_states, *c = s.c + t * s.ld_states;
+    T *x = s.x + t * num_states * kChannels + d, *decays = s.decay + t * num_states * kChannels + d;
+#pragma GCC unroll 4
     for (int64_t n = 0; n < num_states; ++n) {
-      const int64_t i = (t * num_states + n) * w;
-      const Vec<T> before = load<T>(s.x + n * kChannels + d), decay = exp2(dt * load<T>(s.a + n * kChannels + d));
-      const Vec<T> x = decay * before + du * s.b[t * s.ld_states + n];
-      store<T>(s.before + i, before), store<T>(s.decay + i, decay);
-      store<T>(s.x + n * kChannels + d, x);
-      store<T>(s.dc + i, load<T>(s.dc + i) + dy * x);
-      if (s.in.z) y += x * s.c[t * s.ld_states + n];
+      const int64_t i = n * kChannels;
+      const Vec<T> decay = exp2(dt * load<T>(a + i)), after = decay * load<T>(x + i) + du * b[n];
+      store<T>(decays + i, decay), store<T>(x + num_states * kChannels + i, after);
+      store<T>(s.sums + n * w, is_first ? dy * after : load<T>(s.sums + n * w) + dy * after);
+      y += after * c[n];
     }
     if (s.in.z) {
       store<T>(s.dz + at, load<T>(s.dout + at) * y * gate * (T(1) + z * (T(1) - gate)));
       store<T>(s.dout + at, dy);
     }
-  }
+  });
+  s.put_sums(dc_row);
 }
 
-/// The interval's tokens from right to left.
+/// A token of the interval, from right to left.
 template <class T, class E>
-void walk_back(BwdScratch<T, E>& s, int64_t tokens, int64_t d) {
+void walk_back(BwdScratch<T, E>& s, int64_t t, int64_t lanes, T* db_row) {
   constexpr int w = kWidth<T>;
   constexpr T kLn2 = T(0.6931471805599453);
   const int64_t num_states = s.num_states;
-  Vec<T> dskip = load<T>(s.dskip + d), dbias = load<T>(s.dbias + d);
-  for (int64_t t = tokens - 1; t >= 0; --t) {
+  for_each_vector<T>(lanes, [&](int64_t d, auto is_first) REMORA_ALWAYS_INLINE {
     const int64_t at = t * kChannels + d;
     const Vec<T> dt = load<T>(s.dt + at), u = load<T>(s.u + at), dy = load<T>(s.dout + at), du = dt * u;
     Vec<T> write{}, decays{};
+    const T *a = s.a + d, *b = s.b + t * s.ld_states, *c = s.c + t * s.ld_states;
+    const T *x = s.x + t * num_states * kChannels + d, *decay = s.decay + t * num_states * kChannels + d;
+#pragma GCC unroll 4
     for (int64_t n = 0; n < num_states; ++n) {
-      const int64_t i = (t * num_states + n) * w, state = n * kChannels + d;
-      const Vec<T> decay = load<T>(s.decay + i);
-      const Vec<T> lambda = load<T>(s.lambda + state) + dy * s.c[t * s.ld_states + n];
-      const Vec<T> carried = lambda * decay, d_log = carried * load<T>(s.before + i);
-      store<T>(s.db + i, load<T>(s.db + i) + lambda * du);
-      write += lambda * s.b[t * s.ld_states + n];
-      decays += d_log * load<T>(s.a + state);
-      store<T>(s.da + state, load<T>(s.da + state) + d_log * dt);
-      store<T>(s.lambda + state, carried);
+      const int64_t i = n * kChannels;
+      const Vec<T> lambda = load<T>(s.lambda + i + d) + dy * c[n];
+      const Vec<T> carried = lambda * load<T>(decay + i), d_log = carried * load<T>(x + i);
+      store<T>(s.sums + n * w, is_first ? lambda * du : load<T>(s.sums + n * w) + lambda * du);
+      write += lambda * b[n];
+      decays += d_log * load<T>(a + i);
+      store<T>(s.da + i + d, load<T>(s.da + i + d) + d_log * dt);
+      store<T>(s.lambda + i + d, carried);
     }
     const Vec<T> raw = load<T>(s.delta + at);
     Vec<T> ddelta = decays * kLn2 + u * write;
     if (s.in.delta_softplus) ddelta = raw > T(20) ? ddelta : ddelta * sigmoid<T>(raw);
     store<T>(s.du + at, load<T>(s.skip + d) * dy + dt * write);
     store<T>(s.ddelta + at, ddelta);
-    dskip += dy * u, dbias += ddelta;
-  }
-  store<T>(s.dskip + d, dskip), store<T>(s.dbias + d, dbias);
+    store<T>(s.dskip + d, load<T>(s.dskip + d) + dy * u);
+    store<T>(s.dbias + d, load<T>(s.dbias + d) + ddelta);
+  });
+  s.put_sums(db_row);
 }
 
 template <class T, class E>
 void bwd(const SelectiveScanBwdParams& p, int64_t seq_idx, int64_t channel_block, void* buffer) {
-  constexpr int w = kWidth<T>;
   const SelectiveScanShape& shape = p.in.shape;
   const ScanSequence seq{sequence_at(shape.sequences, p.in.cu_seqlens, nullptr, seq_idx), p.in.reverse};
   const ChannelBlock block(shape, channel_block);
@@ -342,6 +387,7 @@ void bwd(const SelectiveScanBwdParams& p, int64_t seq_idx, int64_t channel_block
   s.load_state(p.d_final_state, seq_idx, block, s.lambda);
   std::fill_n(s.da, num_states * kChannels, T(0));
   std::fill_n(s.dskip, kChannels, T(0)), std::fill_n(s.dbias, kChannels, T(0));
+  std::fill_n(s.sums, s.ld_states * kWidth<T>, T(0));
   T* const db_share = static_cast<T*>(p.workspace) + 2 * channel_block * shares.token_share();
   T* const dc_share = db_share + shares.token_share();
 
@@ -351,11 +397,9 @@ void bwd(const SelectiveScanBwdParams& p, int64_t seq_idx, int64_t channel_block
     s.load_interval(seq, block, first, tokens);
     s.load_channel_tile(p.d_out, p.d_out_stride, seq, block, first, tokens, s.dout);
     s.load_state(p.saved_states, first_scan_slot(seq.tokens.begin, seq_idx) + first / kTokens, block, s.x);
-    std::fill_n(s.db, tokens * num_states * w, T(0)), std::fill_n(s.dc, tokens * num_states * w, T(0));
-    for (int64_t d = 0; d < block.lanes; d += w) {
-      recompute(s, tokens, d);
-      walk_back(s, tokens, d);
-    }
+    const auto row = [&](T* share, int64_t t) { return share + seq.row(first + t) * num_states; };
+    for (int64_t t = 0; t < tokens; ++t) recompute(s, t, block.lanes, row(dc_share, t));
+    for (int64_t t = tokens - 1; t >= 0; --t) walk_back(s, t, block.lanes, row(db_share, t));
     const auto put = [&](const T* tile, void* data) {
       if (!data) return;
       E* dst = static_cast<E*>(data) + seq.batch() * p.d_stride.batch + seq.token(first) * p.d_stride.token +
@@ -363,13 +407,6 @@ void bwd(const SelectiveScanBwdParams& p, int64_t seq_idx, int64_t channel_block
       store_tile<T>(tile, tokens, block.lanes, dst, seq.stride(p.d_stride.token), p.d_stride.channel);
     };
     put(s.du, p.du), put(s.ddelta, p.ddelta), put(s.dz, p.dz);
-    for (int64_t t = 0; t < tokens; ++t) {
-      const int64_t row = seq.row(first + t) * num_states;
-      for (int64_t n = 0; n < num_states; ++n) {
-        db_share[row + n] = sum<T>(load<T>(s.db + (t * num_states + n) * w));
-        dc_share[row + n] = sum<T>(load<T>(s.dc + (t * num_states + n) * w));
-      }
-    }
   }
   if (p.d_initial_state) s.store_state(s.lambda, block, p.d_initial_state, seq_idx);
   T* share = static_cast<T*>(p.workspace) + 2 * shape.num_channel_blocks() * shares.token_share() +

@@ -10,7 +10,7 @@ COMMANDS = {
     "gpu": "times on this machine's GPU beside peers (measured)",
     "counters": "work counters of CUDA kernels in the simulator, beside flash-linear-attention's (simulated)",
     "memory": "CPU times of a memory layer and its optimizer beside torch (measured)",
-    "segment": "CPU times of segment pooling beside torch and a memory copy (measured)",
+    "segment": "CPU times of segment pooling and vector quantization beside torch and a memory copy (measured)",
     "resources": "registers, spills and shared memory of every CUDA kernel",
     "pkm": "CPU times of product-key selection beside peers (measured)",
     "scan": "selective scan on the CPU beside jax (measured); --counters: its kernels (simulated)",

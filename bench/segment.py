@@ -1,4 +1,6 @@
-"""CPU times of segment pooling beside plain torch and beside a copy of its inputs, in one process, interleaved."""
+"""CPU times of segment pooling and vector quantization beside plain torch and beside a copy of their inputs, in one
+process, interleaved.
+"""
 
 import argparse
 import json
@@ -16,6 +18,7 @@ from .cpu import interleave, quantile
 from .peers import Run
 
 TOLERANCE = {"fp32": 1e-5, "bf16": 1.2e-2}
+CODE_CASES = ("assign", "means")
 CASES = {  # mode, size, stride, dual
     "mean 4": ("mean", 4, 4, False),
     "max 4": ("max", 4, 4, False),
@@ -41,7 +44,7 @@ def with_torch(
     if mode == "mean":
         return values.mean(2).to(x.dtype)
     if mode == "max":
-        return values.amax(2).to(x.dtype)
+        return values.max(2).values.to(x.dtype)
     assert gate is not None
     assert bias is not None
     logits = windows(gate).float() + bias
@@ -82,15 +85,62 @@ def make_runs(case: str, dtype: str, tokens: int, width: int, backward: bool) ->
 
     for name, want in peer().items():
         have = ours()[name]
-        error = float((have - want).double().norm() / want.double().norm().clamp(min=1e-30))
+        error = float((have - want).detach().double().norm() / want.detach().double().norm().clamp(min=1e-30))
         if not error < TOLERANCE[dtype]:
             raise ValueError(f"{name} of {case}, {dtype}, differs from torch by {error:.1e}")
     return {"remora": ours, "torch": peer, "copy of the inputs": copy}
 
 
+def make_code_runs(
+    case: str, dtype: str, tokens: int, backward: bool, codes: int = 512, channels: int = 128
+) -> dict[str, Run]:
+    """Of nearest codes, and of running means over chunks of 512 tokens, with 4 heads."""
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 4, tokens, channels, generator=rng).to(DTYPES[dtype]).requires_grad_(backward)
+    codebook = torch.randn(4, codes, channels, generator=rng).to(x.dtype)
+    idx = torch.randint(codes, (1, 4, tokens), generator=rng, dtype=torch.int32)
+
+    def copy() -> dict[str, Tensor]:
+        return {"x": x.detach().clone()}
+
+    if case == "assign":
+
+        def by_products() -> dict[str, Tensor]:
+            scores = codebook.float().square().sum(-1)[:, None] / 2 - (x[0] @ codebook.mT).float()
+            return {"idx": scores.argmin(-1)}
+
+        return {
+            "remora": lambda: {"idx": ops.vq_assign(x, codebook)[0]},
+            "torch": by_products,
+            "copy of the inputs": copy,
+        }
+
+    def one_hot_means() -> Tensor:
+        one_hot = torch.nn.functional.one_hot(idx.long(), codes).to(x.dtype).unflatten(2, (-1, 512))
+        sums = (one_hot.mT @ x.unflatten(2, (-1, 512))).float()
+        before = torch.nn.functional.pad(sums.cumsum(2), (0, 0, 0, 0, 1, 0))[:, :, :-1]
+        count = torch.nn.functional.pad(one_hot.float().sum(3).cumsum(2), (0, 0, 1, 0))[:, :, :-1]
+        return (before / count.clamp(min=1)[..., None]).to(x.dtype)
+
+    d_mean = torch.randn(1, 4, tokens // 512, codes, channels, generator=rng).to(x.dtype)
+
+    def finish(mean: Tensor) -> dict[str, Tensor]:
+        return {"mean": mean, **({"dv": torch.autograd.grad(mean, x, d_mean)[0]} if backward else {})}
+
+    runs: dict[str, Run] = {
+        "remora": lambda: finish(ops.code_prefix_state(idx, x, codes, 512)[1]),
+        "torch": lambda: finish(one_hot_means()),
+    }
+    for name, want in runs["torch"]().items():
+        error = float((runs["remora"]()[name] - want).detach().double().norm() / want.detach().double().norm())
+        if not error < TOLERANCE[dtype]:
+            raise ValueError(f"{name} of {case}, {dtype}, differs from torch by {error:.1e}")
+    return {**runs, "copy of the inputs": copy}
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench segment", description=__doc__)
-    parser.add_argument("--cases", help=f"words of {', '.join(CASES)}; default: all")
+    parser.add_argument("--cases", help=f"words of {', '.join((*CASES, *CODE_CASES))}; default: all")
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: both")
@@ -101,12 +151,19 @@ def main(argv: list[str]) -> int:
     print(", ".join(f"{k} {v}" for k, v in host.items()))
     document: dict[str, Any] = {"kind": "measured", "host": host, "cases": []}
     rows = []
-    chosen = [c for c in CASES if set((o.cases or "").split()) <= set(c.split())]
+    chosen = [c for c in (*CASES, *CODE_CASES) if set((o.cases or "").split()) <= set(c.split())]
     for case in chosen:
         for dtype in (o.dtype,) if o.dtype else DTYPES:
             for backward in (False, True):
+                if case == "assign" and backward:
+                    continue
                 name = f"{case} {dtype} {'fwd+bwd' if backward else 'fwd'}"
-                times = interleave(make_runs(case, dtype, o.tokens, o.width, backward), o.budget)
+                runs = (
+                    make_code_runs(case, dtype, o.tokens, backward)
+                    if case in CODE_CASES
+                    else make_runs(case, dtype, o.tokens, o.width, backward)
+                )
+                times = interleave(runs, o.budget)
                 document["cases"].append({"case": name, "seconds": times})
                 for run, values in times.items():
                     ratio = statistics.median(a / b for a, b in zip(times["remora"], values, strict=True))
@@ -115,7 +172,7 @@ def main(argv: list[str]) -> int:
                     ]
                     rows.append([name, run, *(f"{t:.2f}" for t in times_ms), len(values), f"{ratio:.2f}"])
     head = ["case", "implementation", "ms", "p20", "p80", "n", "ours/this"]
-    print(f"segment_pool, T={o.tokens} D={o.width}\n" + report.table(rows, head), flush=True)
+    print(f"segment_pool, T={o.tokens} D={o.width}; codes: H=4 D=128 S=512\n" + report.table(rows, head), flush=True)
     if o.json:
         with open(o.json, "w", encoding="utf-8") as file:
             json.dump(document, file, indent=2)

@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(config, items):
     wrong = {"cpu": ["sim_only"], "sim": ["cpu_only"], "cuda": ["cpu_only", "sim_only"]}[_ext.HOST_BACKEND]
     dropped = [item for item in items if any(item.get_closest_marker(marker) for marker in wrong)]
     if dropped:
-        items[:] = [item for item in items if not item.get_closest_marker(wrong)]
+        items[:] = [item for item in items if item not in dropped]
         config.hook.pytest_deselected(items=dropped)
 
 

@@ -126,4 +126,11 @@ STABLE_TORCH_LIBRARY(remora, m) {
       "segment_pool_bwd(Tensor dy, Tensor? x, Tensor? gate, Tensor? slot_bias, Tensor? segment_ids, "
       "Tensor? segment_starts, Tensor? seq_offsets, Tensor? window_offsets, Tensor? y, Tensor? arg, Tensor? lse, "
       "int seqlen, int size, int stride, int mode, bool dual) -> (Tensor dx, Tensor dgate, Tensor dslot_bias)");
+  m.def("vq_assign(Tensor x, Tensor codebook, Tensor? mask) -> (Tensor err2, Tensor idx)");
+  m.def(
+      "code_prefix_fwd(Tensor idx, Tensor v, Tensor? initial_count, Tensor? initial_mean, int n_code, int chunk) "
+      "-> (Tensor log_count, Tensor mean, Tensor final_count, Tensor final_mean)");
+  m.def(
+      "code_prefix_bwd(Tensor idx, Tensor? initial_count, Tensor final_count, Tensor d_mean, Tensor? d_final_mean, "
+      "int chunk) -> (Tensor dv, Tensor d_initial_mean)");
 }

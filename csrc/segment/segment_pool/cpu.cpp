@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "common/cpu/huge_pages.h"
 #include "common/cpu/tasks.h"
 #include "segment/segment_pool/launch.h"
 
@@ -13,6 +14,9 @@ constexpr Error kNoMemory = "out of memory for the scratch buffers of segment_po
 
 /// Below this many elements a second thread costs more than it saves.
 constexpr int64_t kMinElementsPerThread = 1 << 15;
+
+/// Outputs from here on are asked to be on huge pages.
+constexpr int64_t kLargeBytes = 8 << 20;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -63,6 +67,10 @@ Error segment_pool_bwd(const SegmentPoolBwdParams& params, const Launch& launch)
   const PoolShape& shape = params.shape;
   const SegmentPoolCpuKernels& kernels = segment_pool_kernels(params.dtype);
   const ChannelBlocks blocks(shape, shape.dual ? 2 : 1);
+  const int64_t bytes = shape.batch * shape.seqlen * shape.heads * shape.input_channels() * size_of(params.dtype);
+  for (void* const output : {params.dx, params.dgate}) {
+    if (output && bytes >= kLargeBytes) prefer_huge_pages(output, bytes);
+  }
   bool ok = run_tasks(launch.parallel_for, shape.num_blocks() * blocks.count(),
                       grain(std::min(shape.channels, kPoolChannels) * shape.block_tokens()), kernels.scratch,
                       [&](int64_t task, void* scratch) {

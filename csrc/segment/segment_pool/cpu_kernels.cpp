@@ -236,45 +236,56 @@ void bwd(const SegmentPoolBwdParams& p, int64_t block, PoolChannels of, void*) {
     const int64_t row = ((sequence.batch * shape.num_windows + at.window) * shape.heads + of.head) * shape.channels +
                         of.first - (shape.dual && !of_previous ? shape.channels : 0);
     const int64_t row_stride = shape.heads * shape.channels, bias_stride = shape.stride * slot_size;
-    T divisor = 1;
+    T scale = 1;
     if (p.mode == PoolMode::kMean && at.first <= at.last) {
       const bool is_double = shape.dual && at.window > sequence.first_window;
       const int64_t size = shape.is_ragged() ? shape.window(sequence.batch, at.window).count : shape.size;
-      divisor = static_cast<T>(std::max<int64_t>(1, is_double ? 2 * size : size));
+      scale = T(1) / static_cast<T>(std::max<int64_t>(1, is_double ? 2 * size : size));
     }
-    for (int64_t c = 0; c < of.count; c += kWidth<T>) {
-      Vec<T> x{}, gate{}, d_x{}, d_logit{};
-      if constexpr (KIND == Kind::kSoftmax || KIND == Kind::kWeighted) {
-        x = load_lanes<T>(entry.x, c, of.count);
-        if (entry.gate) gate = load_lanes<T>(entry.gate, c, of.count);
-      }
-      for (int64_t k = at.first; k <= at.last; ++k) {
-        const int64_t from = row - k * row_stride;
-        const Vec<T> d = load_lanes<T>(static_cast<const E*>(p.dy) + from, c, of.count);
-        if constexpr (KIND == Kind::kLinear) {
-          d_x += d / divisor;
-        } else if constexpr (KIND == Kind::kMax) {
-          d_x += (load_tokens<T>(p.arg + from, c, of.count) == static_cast<Index<T>>(token)) ? d : Vec<T>{};
-        } else {
-          Vec<T> logit = gate, of_logit;
-          if (entry.bias) logit += load_lanes<T>(entry.bias + k * bias_stride, c, of.count);
-          if constexpr (KIND == Kind::kSoftmax) {
-            const Vec<T> lse = load_lanes<T>(static_cast<const T*>(p.lse) + from, c, of.count);
-            const Vec<T> y = load_lanes<T>(static_cast<const E*>(p.y) + from, c, of.count);
-            const Vec<T> weighted = exp_nonpositive(logit - lse) * d;
-            d_x += weighted, of_logit = weighted * (x - y);
-          } else {
-            d_x += logit * d, of_logit = x * d;
-          }
-          d_logit += of_logit;
-          if (share) {
-            T* const to = share + at.slot * slot_size + k * bias_stride;
-            store_lanes<T>(to, c, of.count, load_lanes<T>(to, c, of.count) + of_logit);
-          }
+    const auto walk = [&](auto is_single) REMORA_ALWAYS_INLINE {
+      for (int64_t c = 0; c < of.count; c += kWidth<T>) {
+        Vec<T> x{}, gate{}, d_x{}, d_logit{};
+        if constexpr (KIND == Kind::kSoftmax || KIND == Kind::kWeighted) {
+          x = load_lanes<T>(entry.x, c, of.count);
+          if (entry.gate) gate = load_lanes<T>(entry.gate, c, of.count);
         }
+        int64_t k = at.first;
+        do {
+          const int64_t from = row - k * row_stride;
+          const Vec<T> d = load_lanes<T>(static_cast<const E*>(p.dy) + from, c, of.count);
+          if constexpr (KIND == Kind::kLinear) {
+            d_x += d * scale;
+          } else if constexpr (KIND == Kind::kMax) {
+            d_x += (load_tokens<T>(p.arg + from, c, of.count) == static_cast<Index<T>>(token)) ? d : Vec<T>{};
+          } else {
+            Vec<T> logit = gate, of_logit;
+            if (entry.bias) logit += load_lanes<T>(entry.bias + k * bias_stride, c, of.count);
+            if constexpr (KIND == Kind::kSoftmax) {
+              const Vec<T> lse = load_lanes<T>(static_cast<const T*>(p.lse) + from, c, of.count);
+              const Vec<T> y = load_lanes<T>(static_cast<const E*>(p.y) + from, c, of.count);
+              const Vec<T> weighted = exp_nonpositive(logit - lse) * d;
+              d_x += weighted, of_logit = weighted * (x - y);
+            } else {
+              d_x += logit * d, of_logit = x * d;
+            }
+            d_logit += of_logit;
+            if (share) {
+              T* const to = share + at.slot * slot_size + k * bias_stride;
+              store_lanes<T>(to, c, of.count, load_lanes<T>(to, c, of.count) + of_logit);
+            }
+          }
+        } while (!is_single && ++k <= at.last);
+        store_lanes<T>(dx, c, of.count, d_x);
+        if (dgate) store_lanes<T>(dgate, c, of.count, d_logit);
       }
-      store_lanes<T>(dx, c, of.count, d_x);
-      if (dgate) store_lanes<T>(dgate, c, of.count, d_logit);
+    };
+    if (at.first > at.last) {
+      std::fill_n(dx, of.count, E{});
+      if (dgate) std::fill_n(dgate, of.count, E{});
+    } else if (at.first == at.last) {
+      walk(std::true_type{});
+    } else {
+      walk(std::false_type{});
     }
   }
 }

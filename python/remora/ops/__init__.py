@@ -44,7 +44,14 @@ from remora.ops.routed import (
     mom_simple_gla_step,
     route_plan,
 )
-from remora.ops.segment import segment_broadcast, segment_pool, summary_offsets
+from remora.ops.segment import (
+    code_prefix_state,
+    segment_broadcast,
+    segment_pool,
+    summary_offsets,
+    vq_assign,
+    vq_ema_,
+)
 
 __all__ = [
     "MomRoute",
@@ -59,6 +66,7 @@ __all__ = [
     "chunk_linear_attn",
     "chunk_retention",
     "chunk_simple_gla",
+    "code_prefix_state",
     "fused_recurrent_delta_rule",
     "fused_recurrent_gated_delta_rule",
     "fused_recurrent_simple_gla",
@@ -88,4 +96,6 @@ __all__ = [
     "tucker_core_penalty",
     "tucker_pair",
     "tucker_topk",
+    "vq_assign",
+    "vq_ema_",
 ]

@@ -2,5 +2,6 @@
 
 from remora.ops.segment.offsets import summary_offsets
 from remora.ops.segment.segment_pool import segment_broadcast, segment_pool
+from remora.ops.segment.vector_quantization import code_prefix_state, vq_assign, vq_ema_
 
-__all__ = ["segment_broadcast", "segment_pool", "summary_offsets"]
+__all__ = ["code_prefix_state", "segment_broadcast", "segment_pool", "summary_offsets", "vq_assign", "vq_ema_"]

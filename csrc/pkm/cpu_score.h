@@ -1,51 +1,14 @@
-// Scores of a block of query halves with all sub-keys of an axis, as keys in the order of cpu_select.h.
+// Scores of a block of query halves with all sub-keys of an axis, as keys in the order of common/cpu/select.h.
 //
 //   packed keys    [n / kPanel][ds][kPanel], zeros behind n
 //   packed query   [tokens / kScoreRows][ds][kScoreRows], zeros behind the tokens
-//   tile           [tokens][row_stride]: two vectors of keys for kScoreRows tokens stay in registers
+//   tile           [tokens][row_stride]
 #pragma once
-#include "pkm/cpu_select.h"
+#include "common/cpu/panels.h"
+#include "common/cpu/select.h"
 #include "pkm/score.h"
 
 namespace remora::REMORA_CPU_ISA {
-
-constexpr int kScoreRows = kNumRegisters == 32 ? 12 : 6;
-
-template <class T>
-constexpr int64_t kPanel = 2 * kWidth<T>;
-
-template <class T>
-constexpr int64_t pad_to_panel(int64_t n) {
-  return (n + kPanel<T> - 1) / kPanel<T> * kPanel<T>;
-}
-
-/// Elements of a row to places `stride` apart, and the squared norm of the row.
-template <class T, class E>
-REMORA_INLINE T spread_row(const E* row, int64_t dims, T* to, int64_t stride) {
-  constexpr int64_t w = kWidth<T>;
-  Vec<T> squares{};
-  for (int64_t d = 0; d < dims; d += w) {
-    const Vec<T> x = d + w <= dims ? load<T>(row + d) : load_first<T>(row + d, dims - d);
-    squares += x * x;
-    T lanes[w];
-    store<T>(lanes, x);
-    for (int64_t lane = 0; lane < std::min(w, dims - d); ++lane) to[(d + lane) * stride] = lanes[lane];
-  }
-  return sum<T>(squares);
-}
-
-/// Rows [0, num_rows), `row_stride` elements apart, as blocks [ds][kRows], zeros behind; squared norms of all.
-template <int64_t kRows, class T, class E>
-void pack_rows(const E* rows, int64_t row_stride, int64_t num_rows, int64_t dims, T* packed, T* squares) {
-  for (int64_t first = 0; first < num_rows; first += kRows) {
-    T* block = packed + first * dims;
-    if (first + kRows > num_rows) std::fill(block, block + kRows * dims, T{0});
-    for (int64_t i = 0; i < kRows; ++i) {
-      const bool is_row = first + i < num_rows;
-      squares[first + i] = is_row ? spread_row(rows + (first + i) * row_stride, dims, block + i, kRows) : T{0};
-    }
-  }
-}
 
 template <class T>
 struct ScoreTile {
@@ -73,13 +36,8 @@ struct ScoreTile {
   /// Tokens [first, first + kScoreRows) with the panel of keys at `panel`.
   void multiply(int64_t first, int64_t panel) const {
     constexpr int w = kWidth<T>;
-    Vec<T> acc[kScoreRows][2] = {};
-    const T* x = packed_query + first * dims;
-    const T* y = packed_keys + panel * dims;
-    for (int64_t d = 0; d < dims; ++d, x += kScoreRows, y += kPanel<T>) {
-      const Vec<T> y0 = load<T>(y), y1 = load<T>(y + w);
-      unroll<kScoreRows>([&](auto i) REMORA_ALWAYS_INLINE { acc[i][0] += x[i] * y0, acc[i][1] += x[i] * y1; });
-    }
+    Vec<T> acc[kScoreRows][2];
+    multiply_rows<T>(acc, packed_query + first * dims, packed_keys + panel * dims, dims);
     const bool is_dot = function.kind == ScoreFunction::Kind::kDot;
     unroll<kScoreRows>([&](auto i) REMORA_ALWAYS_INLINE {
       unroll<2>([&](auto half) REMORA_ALWAYS_INLINE {

@@ -7,11 +7,6 @@
 
 namespace remora {
 
-/// The tensor with its last dimension contiguous.
-inline Tensor with_dense_rows(const Tensor& tensor) {
-  return tensor.dim() > 0 && tensor.stride(tensor.dim() - 1) != 1 ? torch::stable::contiguous(tensor) : tensor;
-}
-
 inline void check_offsets(const RecurrenceShape& shape, const OptionalTensor& cu_seqlens, const OptionalTensor& rows) {
   if (cu_seqlens.has_value()) {
     STD_TORCH_CHECK((shape.batch == 1 || rows.has_value()) && shape.num_seqs >= 1,

@@ -133,4 +133,22 @@ STABLE_TORCH_LIBRARY(remora, m) {
   m.def(
       "code_prefix_bwd(Tensor idx, Tensor? initial_count, Tensor final_count, Tensor d_mean, Tensor? d_final_mean, "
       "int chunk) -> (Tensor dv, Tensor d_initial_mean)");
+  m.def(
+      "topk_chunks_fwd(Tensor q, Tensor k_sum, Tensor? w, Tensor? bias, Tensor? n_visible, Tensor? cu_seqlens, "
+      "Tensor? cu_seqlens_k, int k, int num_lists, int stride, int size, int force_first, int force_local, "
+      "float scale) -> (Tensor idx, Tensor scores)");
+  m.def(
+      "chunk_scores_fwd(Tensor q, Tensor k_sum, Tensor idx, Tensor? w, Tensor? cu_seqlens, Tensor? cu_seqlens_k, "
+      "float scale) -> Tensor");
+  m.def(
+      "chunk_scores_bwd(Tensor q, Tensor k_sum, Tensor idx, Tensor? w, Tensor? cu_seqlens, Tensor? cu_seqlens_k, "
+      "Tensor order, Tensor rows, Tensor starts, Tensor d_scores, float scale) -> (Tensor dq, Tensor dk_sum, "
+      "Tensor dw)");
+  m.def(
+      "gather_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor idx, Tensor? weight, Tensor? cu_seqlens, "
+      "Tensor? cu_seqlens_k, int block, bool causal, float scale) -> (Tensor o, Tensor lse)");
+  m.def(
+      "gather_attention_bwd(Tensor q, Tensor k, Tensor v, Tensor idx, Tensor? weight, Tensor? cu_seqlens, "
+      "Tensor? cu_seqlens_k, Tensor o, Tensor lse, Tensor order, Tensor rows, Tensor starts, Tensor d_o, "
+      "Tensor? d_lse, int block, bool causal, float scale) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dweight)");
 }

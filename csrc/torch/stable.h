@@ -89,6 +89,11 @@ inline const void* data_or_null(const OptionalTensor& tensor) {
   return tensor.has_value() ? tensor->const_data_ptr() : nullptr;
 }
 
+/// The tensor with its last dimension contiguous.
+inline Tensor with_dense_rows(const Tensor& tensor) {
+  return tensor.dim() > 0 && tensor.stride(tensor.dim() - 1) != 1 ? torch::stable::contiguous(tensor) : tensor;
+}
+
 inline void check_shape(const Tensor& tensor, const char* name, std::initializer_list<int64_t> expected) {
   bool same = tensor.dim() == static_cast<int64_t>(expected.size());
   int64_t dim = 0;

@@ -3,10 +3,10 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "common/select.h"
 #include "pkm/pk_topk/params.h"
 #include "pkm/pk_topk/staircase.h"
 #include "pkm/pk_topk/traits.h"
-#include "pkm/select.h"
 
 namespace remora {
 

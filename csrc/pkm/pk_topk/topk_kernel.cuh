@@ -14,8 +14,8 @@
 #include <cuda_fp16.h>
 
 #include "common/copy.cuh"
+#include "common/select.cuh"
 #include "pkm/pk_topk/heuristics.h"
-#include "pkm/select.cuh"
 
 namespace remora {
 

@@ -1,5 +1,5 @@
 // The kernels of one instruction set; compiled once for each (cmake/CpuIsa.cmake).
-#include "pkm/cpu_select.h"
+#include "common/cpu/select.h"
 #include "pkm/tucker_select/cpu.h"
 
 namespace remora::REMORA_CPU_ISA {

@@ -6,7 +6,7 @@
 // warps and lanes is theirs. Four maxima a thread bound the k-th value from below; what reaches the bound, seldom much
 // more than k pairs, is sorted. If it is more than fits, the bound is made exact and ties are taken in order.
 #pragma once
-#include "pkm/select.cuh"
+#include "common/select.cuh"
 #include "pkm/tucker_select/params.h"
 
 namespace remora {

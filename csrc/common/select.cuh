@@ -5,7 +5,7 @@
 #include <cstdint>
 
 #include "common/reduce.cuh"
-#include "pkm/select.h"
+#include "common/select.h"
 
 namespace remora {
 

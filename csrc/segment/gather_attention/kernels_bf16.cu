@@ -1,0 +1,7 @@
+#include "segment/gather_attention/kernels_launch_impl.cuh"
+
+namespace remora {
+
+template struct GatherKernels<__nv_bfloat16>;
+
+}  // namespace remora

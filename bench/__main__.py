@@ -1,4 +1,4 @@
-"""python -m bench {cpu,gpu,pkm,bags,mom,memory,segment,counters,resources,scan,model}: see bench/README.md."""
+"""python -m bench {cpu,gpu,pkm,bags,mom,memory,chunks,segment,counters,resources,scan,model}: see bench/README.md."""
 
 import importlib
 import sys
@@ -10,6 +10,7 @@ COMMANDS = {
     "gpu": "times on this machine's GPU beside peers (measured)",
     "counters": "work counters of CUDA kernels in the simulator, beside flash-linear-attention's (simulated)",
     "memory": "CPU times of a memory layer and its optimizer beside torch (measured)",
+    "chunks": "CPU times of chunk selection and attention to chosen blocks beside torch (measured)",
     "segment": "CPU times of segment pooling and vector quantization beside torch and a memory copy (measured)",
     "resources": "registers, spills and shared memory of every CUDA kernel",
     "pkm": "CPU times of product-key selection beside peers (measured)",

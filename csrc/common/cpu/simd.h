@@ -298,6 +298,10 @@ REMORA_INLINE T sum(Vec<T> v) {
 template <class M>
 REMORA_INLINE uint32_t mask_bits(M mask) {
   constexpr int w = sizeof(M) / sizeof(mask[0]);
+#if defined(__AVX512DQ__)
+  if constexpr (w == 16) return _mm512_movepi32_mask(reinterpret_cast<__m512i>(mask));
+  if constexpr (w == 8) return _mm512_movepi64_mask(reinterpret_cast<__m512i>(mask));
+#endif
 #if defined(__AVX__) && !defined(__AVX512F__)
   if constexpr (w == 8) return static_cast<uint32_t>(_mm256_movemask_ps(reinterpret_cast<__m256>(mask)));
   if constexpr (w == 4) return static_cast<uint32_t>(_mm256_movemask_pd(reinterpret_cast<__m256d>(mask)));
@@ -326,6 +330,17 @@ constexpr auto kSetBits = [] {
 /// must have room for a whole vector.
 template <class V, class T>
 REMORA_INLINE int64_t compress(T* to, int32_t* index, V v, int32_t first, uint32_t bits) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    // Compressed in registers: the form with a memory operand is slow on some processors.
+    const __m512i lanes = _mm512_add_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                                           _mm512_set1_epi32(first));
+    const __mmask16 mask = static_cast<__mmask16>(bits);
+    _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(mask, reinterpret_cast<__m512i>(v)));
+    _mm512_storeu_si512(index, _mm512_maskz_compress_epi32(mask, lanes));
+    return __builtin_popcount(bits);
+  }
+#endif
 #if defined(__AVX2__) && !defined(__AVX512F__)
   if constexpr (sizeof(T) == 4) {
     const __m256i lanes = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(kSetBits.of[bits])));

@@ -1,4 +1,4 @@
-"""python -m bench {cpu,gpu,pkm,bags,mom,memory,chunks,segment,counters,resources,scan,model}: see bench/README.md."""
+"""python -m bench COMMAND; the commands are described in bench/README.md."""
 
 import importlib
 import sys
@@ -15,6 +15,7 @@ COMMANDS = {
     "resources": "registers, spills and shared memory of every CUDA kernel",
     "pkm": "CPU times of product-key selection beside peers (measured)",
     "scan": "selective scan on the CPU beside jax (measured); --counters: its kernels (simulated)",
+    "prefix": "CPU times of prefix attention beside torch (measured); in the simulator: its kernels",
     "model": "modelled times of CUDA kernels, beside flash-linear-attention's (modelled)",
 }
 

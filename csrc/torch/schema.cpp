@@ -151,4 +151,14 @@ STABLE_TORCH_LIBRARY(remora, m) {
       "gather_attention_bwd(Tensor q, Tensor k, Tensor v, Tensor idx, Tensor? weight, Tensor? cu_seqlens, "
       "Tensor? cu_seqlens_k, Tensor o, Tensor lse, Tensor order, Tensor rows, Tensor starts, Tensor d_o, "
       "Tensor? d_lse, int block, bool causal, float scale) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dweight)");
+  m.def(
+      "prefix_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? k_self, Tensor? v_self, Tensor? k_win, "
+      "Tensor? v_win, Tensor? bias, Tensor? sink, Tensor? n_visible, Tensor? cu_seqlens, Tensor? cu_seqlens_k, "
+      "int stride, int shift, int window, int window_shift, float scale) -> (Tensor o, Tensor lse)");
+  m.def(
+      "prefix_attention_bwd(Tensor q, Tensor k, Tensor v, Tensor? k_self, Tensor? v_self, Tensor? k_win, "
+      "Tensor? v_win, Tensor? bias, Tensor? sink, Tensor? n_visible, Tensor? cu_seqlens, Tensor? cu_seqlens_k, "
+      "Tensor o, Tensor lse, Tensor d_o, Tensor? d_lse, int stride, int shift, int window, int window_shift, "
+      "float scale) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dk_self, Tensor dv_self, Tensor dk_win, "
+      "Tensor dv_win, Tensor dbias, Tensor dsink)");
 }

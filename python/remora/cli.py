@@ -13,6 +13,7 @@ from typing import Any
 DEFAULT_OUT = "remora-run"
 DEFAULT_RECALL_OUT = "remora-recall"
 DEFAULT_RETENTION_OUT = "remora-retention"
+DEFAULT_NEEDLE_OUT = "remora-needle"
 INTERRUPTED = 130  # 128 + SIGINT, what a shell reports
 
 # Options of `train` that set the field of TrainConfig of the same name.
@@ -23,10 +24,13 @@ TRAIN_OPTIONS: tuple[tuple[str, type, str], ...] = (
     ("seq_len", int, "bytes per window"),
     ("learning_rate", float, "peak learning rate"),
     ("warmup_steps", int, "steps over which the learning rate rises"),
-    ("mixer", str, "token mixer: mixture_of_memories (default) or gated_delta_net"),
+    ("mixer", str, "token mixer: mixture_of_memories, gated_delta_net, mamba or sliding_window_attention"),
     ("num_memories", int, "memories of a mixture among which a token chooses"),
     ("topk", int, "memories that a token chooses"),
     ("balance_coefficient", float, "weight of the balance loss of the routers"),
+    ("segment_stride", int, "tokens of a segment of scout"),
+    ("compress", str, "compression of the segments of scout: last, mean, max or softmax"),
+    ("window", int, "window of sliding_window_attention"),
     ("hidden_size", int, "width of the model"),
     ("num_layers", int, "number of layers"),
     ("num_heads", int, "heads of the mixer"),
@@ -39,6 +43,12 @@ TRAIN_OPTIONS: tuple[tuple[str, type, str], ...] = (
     ("eval_bytes", int, "bytes of the validation split to measure on"),
     ("checkpoint_every", int, "steps between checkpoints"),
 )
+
+# What `train --model` sets, unless an option says otherwise.
+MODELS: dict[str, dict[str, Any]] = {
+    "ultramem_v2": {"memory": "ultramem_v2"},
+    "scout": {"mixer": "sliding_window_attention", "segment_stride": 8},
+}
 
 # Options of `experiment recall` that set the field of RecallConfig of the same name.
 RECALL_OPTIONS: tuple[tuple[str, type, str], ...] = (
@@ -63,6 +73,21 @@ RETENTION_OPTIONS: tuple[tuple[str, type, str], ...] = (
     ("num_keys", int, "sub-keys of an axis of the memories"),
     ("learning_rate", float, "learning rate"),
     ("device", str, "cpu, cuda, cuda:N, or auto: a GPU if there is one"),
+)
+
+# Options of `experiment needle` that set the field of NeedleConfig of the same name.
+NEEDLE_OPTIONS: tuple[tuple[str, type, str], ...] = (
+    ("seeds", int, "runs of each model"),
+    ("steps", int, "optimizer steps"),
+    ("seq_len", int, "tokens of a sequence"),
+    ("stride", int, "tokens of a segment of SCOUT"),
+    ("compress", str, "compression of its segments: last, mean, max or softmax"),
+    ("window", int, "window of its mixer, and of the mixer alone"),
+    ("hidden_size", int, "width of the models"),
+    ("num_blocks", int, "blocks of SCOUT; the others have twice as many layers"),
+    ("learning_rate", float, "peak learning rate"),
+    ("device", str, "cpu, cuda, cuda:N, or auto: a GPU if there is one"),
+    ("jobs", int, "runs at a time (default: one per core; on a GPU one)"),
 )
 
 
@@ -92,7 +117,12 @@ def _make_parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
     )
     train.add_argument("--out", default=DEFAULT_OUT, help="folder of the run (default: %(default)s)")
-    train.add_argument("--model", dest="memory", help="ultramem_v2: a memory layer beside every feed-forward layer")
+    train.add_argument(
+        "--model",
+        choices=tuple(MODELS),
+        help="ultramem_v2: a memory layer beside every feed-forward layer; "
+        "scout: attention over compressed segments after every block",
+    )
     train.add_argument("--resume", action="store_true", default=False, help="continue the run in the folder")
     for name, kind, text in TRAIN_OPTIONS:
         train.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
@@ -135,6 +165,19 @@ def _make_parser() -> argparse.ArgumentParser:
     for name, kind, text in RETENTION_OPTIONS:
         retention.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
     retention.add_argument("--updates", type=int, nargs="+", help="numbers of updates after which to probe")
+
+    needle = experiments.add_parser(
+        "needle",
+        help="SCOUT against its mixer alone and full attention, on needles far back",
+        description="Train SCOUT, its sliding window alone and full attention of equal size to find a needle in noise "
+        "and to tell which of two came first, and measure time and memory by length.",
+        argument_default=argparse.SUPPRESS,
+    )
+    needle.add_argument("--out", default=DEFAULT_NEEDLE_OUT, help="folder of the results (default: %(default)s)")
+    needle.add_argument("--quick", action="store_true", default=False, help="small models, a minute")
+    for name, kind, text in NEEDLE_OPTIONS:
+        needle.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
+    needle.add_argument("--lengths", type=int, nargs="+", help="tokens at which time and memory are measured")
     return parser
 
 
@@ -150,13 +193,16 @@ def _info() -> int:
     return 0
 
 
-def _train(out: str, resume: bool, **given: Any) -> int:
+def _train(out: str, resume: bool, model: str | None = None, **given: Any) -> int:
     from remora.train import TrainConfig, Trainer, resumed_config
 
+    given = MODELS.get(model or "", {}) | given
     config = resumed_config(out, given) if resume else dataclasses.replace(TrainConfig(), **given)
     trainer = Trainer(config, out, resume)
     _say(f"text      {trainer.corpus.description}")
-    layers = config.mixer if config.memory is None else f"{config.mixer} and {config.memory}"
+    layers = " and ".join(
+        [config.mixer, *([config.memory] if config.memory else []), *(["scout"] if config.segment_stride else [])]
+    )
     _say(
         f"model     {layers}, {config.num_layers} layers of width {config.hidden_size}, "
         f"{trainer.model.num_parameters / 1e6:.2f} M parameters, {trainer.device}, {trainer.dtype}"
@@ -214,10 +260,13 @@ def _generate(
 
 def _experiment(name: str, out: str, quick: bool, **given: Any) -> int:
     from remora.experiments import (
+        NeedleConfig,
         RecallConfig,
         RetentionConfig,
+        needle_table,
         recall_table,
         retention_table,
+        run_needle,
         run_recall,
         run_retention,
     )
@@ -227,6 +276,10 @@ def _experiment(name: str, out: str, quick: bool, **given: Any) -> int:
         report = run_recall(RecallConfig.quick(**given) if quick else RecallConfig(**given), out)
         _say(recall_table(report))
         measured = f"right values, of right bytes and whole names among {report['names']}"
+    elif name == "needle":
+        report = run_needle(NeedleConfig.quick(**given) if quick else NeedleConfig(**given), out)
+        _say(needle_table(report))
+        measured = "right answers, by tokens between needle and question, and between two needles"
     else:
         report = run_retention(RetentionConfig.quick(**given) if quick else RetentionConfig(**given), out)
         _say(retention_table(report))

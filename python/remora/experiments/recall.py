@@ -5,21 +5,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import multiprocessing
 import os
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from remora.experiments.report import percent, summary, text_table
+from remora.experiments.runs import perform_all
 from remora.experiments.tasks import NameWindows, all_right, recall_batch, share_right
 from remora.models import LanguageModel, LanguageModelConfig
 from remora.models.files import replacing
@@ -135,7 +134,8 @@ def state_size(config: LanguageModelConfig) -> int:
     """Numbers of recurrent state that a sequence has in all layers."""
     cache = Cache()
     LanguageModel(config)(torch.zeros(1, 1, dtype=torch.int64), cache=cache)
-    return sum(layer.recurrent_state.numel() for layer in cache.layers.values())
+    states = (cache.get(layer_idx) for layer_idx in cache.layers)
+    return sum(state.recurrent_state.numel() for state in states if state is not None)
 
 
 def run_recall(config: RecallConfig, out: str | os.PathLike[str]) -> dict[str, Any]:
@@ -158,13 +158,18 @@ def run_recall(config: RecallConfig, out: str | os.PathLike[str]) -> dict[str, A
     recall_models = contenders(config, 2 * config.num_symbols)
     text_models = contenders(config, 256)
     # The slowest first: what is left over at the end is short.
-    runs = [_Run("recall", name, seed, shape) for name, shape in recall_models.items() for seed in range(config.seeds)]
-    runs += [_Run("text", name, seed, shape) for name, shape in text_models.items() for seed in range(config.seeds)]
-    found = _all_results(runs, config, corpus, names, device)
+    runs: dict[tuple[str, ...], Callable[[], dict[str, float]]] = {}
+    for name, shape in recall_models.items():
+        for seed in range(config.seeds):
+            runs["recall", name, f"seed {seed}"] = partial(_recall_run, shape, config, seed, device)
+    for name, shape in text_models.items():
+        for seed in range(config.seeds):
+            runs["text", name, f"seed {seed}"] = partial(_text_run, shape, config, corpus, names, seed, device)
+    found = perform_all(runs, config.jobs, device)
     results: dict[str, Any] = {}
     for name in recall_models:
         recall_runs, text_runs = (
-            [found[task, name, seed] for seed in range(config.seeds)] for task in ("recall", "text")
+            [found[task, name, f"seed {seed}"] for seed in range(config.seeds)] for task in ("recall", "text")
         )
         results[name] = {
             "parameters": num_parameters(recall_models[name]),
@@ -187,51 +192,6 @@ def run_recall(config: RecallConfig, out: str | os.PathLike[str]) -> dict[str, A
     with replacing(path / PLOT_NAME) as temporary:
         save_recall_plot(report, temporary)
     return report
-
-
-@dataclass(frozen=True)
-class _Run:
-    """One training of one model with one seed, and what is measured after it."""
-
-    task: str
-    model: str
-    seed: int
-    shape: LanguageModelConfig
-
-    def perform(
-        self, config: RecallConfig, corpus: Corpus, names: NameWindows, device: torch.device, threads: int
-    ) -> dict[str, float]:
-        if threads:
-            torch.set_num_threads(threads)
-        if self.task == "recall":
-            return _recall_run(self.shape, config, self.seed, device)
-        return _text_run(self.shape, config, corpus, names, self.seed, device)
-
-
-def _all_results(
-    runs: Sequence[_Run], config: RecallConfig, corpus: Corpus, names: NameWindows, device: torch.device
-) -> dict[tuple[str, str, int], dict[str, float]]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    jobs = min(len(runs), config.jobs or (cores if device.type == "cpu" else 1))
-    found: dict[tuple[str, str, int], dict[str, float]] = {}
-
-    def finish(run: _Run, result: dict[str, float]) -> None:
-        found[run.task, run.model, run.seed] = result
-        bar.set_postfix_str(f"{run.task}, {run.model}, seed {run.seed}", refresh=False)
-        bar.update()
-
-    with tqdm(total=len(runs), unit="run") as bar:
-        if jobs == 1:
-            for run in runs:
-                finish(run, run.perform(config, corpus, names, device, 0))
-            return found
-        # A fresh process each: a fork would inherit the threads of this one.
-        with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-            threads = max(1, cores // jobs)
-            futures = {pool.submit(run.perform, config, corpus, names, device, threads): run for run in runs}
-            for future in as_completed(futures):
-                finish(futures[future], future.result())
-    return found
 
 
 def _train(model: LanguageModel, batches: Iterator[tuple[Tensor, Tensor]], steps: int, config: RecallConfig) -> None:

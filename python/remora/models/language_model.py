@@ -20,7 +20,7 @@ from remora.models.files import replacing
 from remora.models.memories import make_memories
 from remora.models.mixers import Mixer, get_mixer
 from remora.models.sampling import sample
-from remora.modules import Cache, GroupedLinear, RMSNorm, Routing, SwiGLU
+from remora.modules import Cache, GroupedLinear, RMSNorm, Routing, SegmentCompressedAttention, SwiGLU
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -41,6 +41,8 @@ class LanguageModelConfig:
         memory: memory layer beside every SwiGLU layer, "product_key_memory", "memory_plus" or "ultramem_v2"; None has
             none.
         memory_options: keyword arguments of the memory layer, and how layers share its tables (`make_memories`).
+        segment_attention: keyword arguments of a `SegmentCompressedAttention` that follows every block, with a SwiGLU
+            layer of its own, as in SCOUT; None has none.
         norm_eps: epsilon of all normalisations.
         tie_embeddings: whether the output layer uses the embedding's weights.
         initializer_range: standard deviation of the initial weights of embeddings and projections.
@@ -54,6 +56,7 @@ class LanguageModelConfig:
     intermediate_size: int | None = None
     memory: str | None = None
     memory_options: dict[str, Any] = field(default_factory=dict)
+    segment_attention: dict[str, Any] | None = None
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
     initializer_range: float = 0.02
@@ -96,7 +99,7 @@ class LanguageModelOutput(NamedTuple):
 
 class Block(nn.Module):
     """Pre-norm residual block: `h = x + mixer(norm(x))`, `y = h + swiglu(norm(h))`, and `+ memory(norm(h))` if there is
-    one.
+    one. With segment attention `h = y + attention(norm(y))`, `z = h + swiglu(norm(h))` follow.
     """
 
     def __init__(self, config: LanguageModelConfig, layer_idx: int) -> None:
@@ -108,12 +111,25 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
         self.memory: nn.Module | None = None
+        self.segment_attn: SegmentCompressedAttention | None = None
+        if config.segment_attention is not None:
+            self.segment_attn_norm = RMSNorm(config.hidden_size, config.norm_eps)
+            self.segment_attn = SegmentCompressedAttention(
+                config.hidden_size, layer_idx=config.num_layers + layer_idx, **config.segment_attention
+            )
+            self.segment_mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
+            self.segment_mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 
     def forward(self, x: Tensor, cache: Cache | None, cu_seqlens: Tensor | None) -> Tensor:
         x = x + cast(Mixer, self.attn)(self.attn_norm(x), cache=cache, cu_seqlens=cu_seqlens)
         h = self.mlp_norm(x)
         y: Tensor = x + self.mlp(h)
-        return y if self.memory is None else y + self.memory(h)
+        if self.memory is not None:
+            y = y + self.memory(h)
+        if self.segment_attn is not None:
+            y = y + self.segment_attn(self.segment_attn_norm(y), cache=cache, cu_seqlens=cu_seqlens)
+            y = y + self.segment_mlp(self.segment_mlp_norm(y))
+        return y
 
 
 class LanguageModel(nn.Module):
@@ -121,8 +137,9 @@ class LanguageModel(nn.Module):
 
     Parameter names are those of flash-linear-attention's models below their `model.` prefix. Projections and
     embeddings start normal with standard deviation `initializer_range`; projections that write to the residual stream
-    have it divided by `sqrt(2 * num_layers)` (Radford et al., "Language Models are Unsupervised Multitask Learners",
-    2019). The mixers' own parameters (gates, convolutions) and memory layers keep the initialisation of their modules.
+    have it divided by the root of their number, `2 * num_layers` without segment attention (Radford et al., "Language
+    Models are Unsupervised Multitask Learners", 2019). The mixers' own parameters (gates, convolutions, the steps of
+    Mamba) and memory layers keep the initialisation of their modules.
 
     Args:
         config: the shape of the model.
@@ -151,11 +168,13 @@ class LanguageModel(nn.Module):
     def reset_parameters(self) -> None:
         """Draw the initial weights from torch's default generator."""
         std = self.config.initializer_range
+        writers = (2 if self.config.segment_attention is None else 4) * len(self.layers)
         nn.init.normal_(self.embeddings.weight, std=std)
         for name, module in self.named_modules():
-            if isinstance(module, (nn.Linear, GroupedLinear)) and ".memory." not in name:
-                writes_residual = name.endswith(("o_proj", "down_proj"))
-                nn.init.normal_(module.weight, std=std / math.sqrt(2 * len(self.layers)) if writes_residual else std)
+            keeps_own = ".memory." in name or name.endswith("dt_proj")
+            if isinstance(module, (nn.Linear, GroupedLinear)) and not keeps_own:
+                writes_residual = name.endswith(("o_proj", "down_proj", "out_proj"))
+                nn.init.normal_(module.weight, std=std / math.sqrt(writers) if writes_residual else std)
 
     @property
     def num_parameters(self) -> int:

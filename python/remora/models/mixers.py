@@ -7,7 +7,7 @@ from typing import Protocol, TypeVar
 
 from torch import Tensor, nn
 
-from remora.modules import Cache, GatedDeltaNet, MixtureOfMemories
+from remora.modules import Cache, GatedDeltaNet, Mamba, MixtureOfMemories, SlidingWindowAttention
 
 
 class Mixer(Protocol):
@@ -56,3 +56,5 @@ def get_mixer(name: str) -> MixerFactory:
 
 register_mixer("gated_delta_net")(GatedDeltaNet)
 register_mixer("mixture_of_memories")(MixtureOfMemories)
+register_mixer("mamba")(Mamba)
+register_mixer("sliding_window_attention")(SlidingWindowAttention)

@@ -54,6 +54,9 @@ class TrainConfig:
             may make up for each other.
         memory: "ultramem_v2" puts a memory layer beside every feed-forward layer; None has none.
         memory_num_keys, memory_topk: of the memory layers, sub-keys of an axis and slots that a token reads.
+        segment_stride: tokens of a segment of SCOUT's attention, which then follows every block; None has none.
+        compress: how its segments are compressed.
+        window: of the mixer "sliding_window_attention".
         hidden_size, num_layers, num_heads, head_dim, intermediate_size: shape of the model.
         steps: optimizer steps.
         batch_size: windows per step.
@@ -78,6 +81,9 @@ class TrainConfig:
     memory: str | None = None
     memory_num_keys: int = 64
     memory_topk: int = 16
+    segment_stride: int | None = None
+    compress: str = "last"
+    window: int = 64
     hidden_size: int = 128
     num_layers: int = 4
     num_heads: int = 2
@@ -106,9 +112,13 @@ class TrainConfig:
 
     @property
     def model(self) -> LanguageModelConfig:
-        options: dict[str, Any] = {"num_heads": self.num_heads, "head_dim": self.head_dim, "expand_v": 1.0}
-        if self.mixer == "mixture_of_memories":
-            options |= {"num_memories": self.num_memories, "topk": self.topk}
+        heads: dict[str, Any] = {"num_heads": self.num_heads, "head_dim": self.head_dim}
+        options = {
+            "mamba": {},
+            "mixture_of_memories": {**heads, "expand_v": 1.0, "num_memories": self.num_memories, "topk": self.topk},
+            "sliding_window_attention": {**heads, "window": self.window},
+        }.get(self.mixer, {**heads, "expand_v": 1.0})
+        segment_attention = {**heads, "stride": self.segment_stride, "compress": self.compress}
         memory_options = {"num_keys": self.memory_num_keys, "topk": self.memory_topk, "sparse_grad": True}
         return LanguageModelConfig(
             vocab_size=256,
@@ -119,6 +129,7 @@ class TrainConfig:
             intermediate_size=self.intermediate_size,
             memory=self.memory,
             memory_options=memory_options if self.memory else {},
+            segment_attention=segment_attention if self.segment_stride else None,
         )
 
 

@@ -85,8 +85,9 @@ __device__ __forceinline__ void copy_16_rows(uint32_t dst, const T* src, const O
 template <typename T, int HEAD_DIM>
 __device__ __forceinline__ void multiply_tiles(FragC (&c)[2], uint32_t smem_a, uint32_t smem_b) {
   using Tile = SmemTile<T, HEAD_DIM>;
+  constexpr int kUnroll = HEAD_DIM * sizeof(T) >= 1024 ? 4 : HEAD_DIM / 16;  // more would spill registers
   c[0] = {}, c[1] = {};
-#pragma unroll
+#pragma unroll kUnroll
   for (int k0 = 0; k0 < HEAD_DIM; k0 += 16) {
     const FragA<T> a = Tile::load_a(smem_a, 0, k0);
     FragB<T> b[2];
@@ -251,15 +252,19 @@ __device__ __forceinline__ void copy_heads(const GatherQuery& query, const void*
                             32 * GatherTraits<T, HEAD_DIM>::kWarps);
 }
 
-/// Sums of a warp to shared memory [16][OUT_DIM].
+/// Elements of a row of sums in shared memory: four rows cover the banks.
+template <int OUT_DIM>
+constexpr int kSumStride = OUT_DIM + 8;
+
+/// Sums of a warp to shared memory [16][kSumStride].
 template <int OUT_DIM>
 __device__ __forceinline__ void store_sums(float* smem_sums, const FragC (&sums)[OUT_DIM / 8]) {
   const int row = threadIdx.x % 32 / 4, col = threadIdx.x % 4 * 2;
 #pragma unroll
   for (int n = 0; n < OUT_DIM / 8; ++n) {
-    float* to = smem_sums + row * OUT_DIM + n * 8 + col;
+    float* to = smem_sums + row * kSumStride<OUT_DIM> + n * 8 + col;
     *reinterpret_cast<float2*>(to) = make_float2(sums[n].r[0], sums[n].r[1]);
-    *reinterpret_cast<float2*>(to + 8 * OUT_DIM) = make_float2(sums[n].r[2], sums[n].r[3]);
+    *reinterpret_cast<float2*>(to + 8 * kSumStride<OUT_DIM>) = make_float2(sums[n].r[2], sums[n].r[3]);
   }
 }
 
@@ -362,7 +367,7 @@ __global__ void __launch_bounds__(32 * GatherTraits<T, HEAD_DIM>::kWarps, 2)
   }
   __syncthreads();
   float* smem_sums = reinterpret_cast<float*>(smem + Traits::TILE_SIZE);
-  store_sums<OUT_DIM>(smem_sums + warp_idx * 16 * OUT_DIM, sums);
+  store_sums<OUT_DIM>(smem_sums + warp_idx * 16 * kSumStride<OUT_DIM>, sums);
   __syncthreads();
   for (int i = threadIdx.x; i < query.num_heads * OUT_DIM; i += 32 * kWarps) {
     const int head = i / OUT_DIM, d = i % OUT_DIM;
@@ -374,7 +379,7 @@ __global__ void __launch_bounds__(32 * GatherTraits<T, HEAD_DIM>::kWarps, 2)
     for (int warp = 0; warp < kWarps; ++warp) {
       const float factor = in.is_two_level() ? 1.f : exp2_approx(smem_greatest[warp][head] - all_shift);
       all += smem_total[warp][head] * factor;
-      o += smem_sums[(warp * 16 + head) * OUT_DIM + d] * factor;
+      o += smem_sums[(warp * 16 + head) * kSumStride<OUT_DIM> + d] * factor;
     }
     if (!in.is_two_level()) {
       o = all == 0.f ? 0.f : o / all;
@@ -488,13 +493,13 @@ __global__ void __launch_bounds__(32 * GatherTraits<T, HEAD_DIM>::kWarps, 2)
 
   __syncthreads();
   float* smem_sums = reinterpret_cast<float*>(smem + 2 * Traits::TILE_SIZE);
-  store_sums<OUT_DIM>(smem_sums + warp_idx * 16 * OUT_DIM, sums);
+  store_sums<OUT_DIM>(smem_sums + warp_idx * 16 * kSumStride<OUT_DIM>, sums);
   __syncthreads();
   for (int i = threadIdx.x; i < query.num_heads * OUT_DIM; i += 32 * kWarps) {
     const int head = i / OUT_DIM, d = i % OUT_DIM;
     float sum = 0.f;
 #pragma unroll
-    for (int warp = 0; warp < kWarps; ++warp) sum += smem_sums[(warp * 16 + head) * OUT_DIM + d];
+    for (int warp = 0; warp < kWarps; ++warp) sum += smem_sums[(warp * 16 + head) * kSumStride<OUT_DIM> + d];
     if (col0 + d < dim) static_cast<T*>(p.dq)[query.row(in, head) * dim + col0 + d] = static_cast<T>(sum);
   }
 }

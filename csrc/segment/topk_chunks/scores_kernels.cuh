@@ -208,7 +208,7 @@ __device__ __forceinline__ int64_t d_key_row(const ChunkScoresParams& p, int64_t
 
 /// Grid: (pieces, key heads of a row).
 template <typename T>
-__global__ void __launch_bounds__(32 * kScoreWarps)
+__global__ void __launch_bounds__(32 * kScoreWarps, 2)
     chunk_scores_bwd_keys_kernel(const __grid_constant__ ChunkScoresKernelParams params) {
   const ChunkScoresParams& p = params.p;
   const ChunkScoreShape& shape = p.shape;

@@ -31,6 +31,7 @@ SHAPES = {
     **{f"K={K}": Case(K=K) for K in (40, 96, 100, 128)},
     **{f"V={V}": Case(V=V) for V in (1, 5, 40, 96, 100, 128)},
     "K=V=128": Case(K=128, V=128, T=70),
+    "V=150": Case(V=150, T=70),
     "B=3": Case(B=3, T=70),
     "H=HV=1": Case(HV=1),
     "H=HV=2": Case(H=2),
@@ -304,3 +305,29 @@ def test_a_long_sequence_is_cut_into_spans(case):
     assert plan["span_tokens"] < case.T / case.N
     assert plan["num_map_slots"] > 0
     check(chunk, case)
+
+
+@pytest.mark.parametrize("T", [100, 400])
+@pytest.mark.parametrize("gate", ["none", "weak"])
+def test_outputs_where_tokens_reflect_the_state_about_alike_keys(gate, T):
+    case = Case(T=T, gate=gate, beta="two", keys="correlated", state=1.0, dtype=torch.bfloat16)
+    o, _ = make_inputs(case, requires_grad=False).call(chunk)
+    oracle, _ = make_inputs(case, requires_grad=False).double().call(naive_gated_delta_rule)
+    assert (o.double() - oracle).norm() <= 0.004 * oracle.norm()
+
+
+SMALLER = {
+    "bfloat16": Case(T=200, K=128, V=150, dtype=torch.bfloat16, l2norm=True, state=1.0),
+    "float16, packed": varlen(70, 0, 130, dtype=torch.float16, H=2, state=1.0),
+    "float32": Case(T=150, K=128, V=70, state=1.0),
+}
+
+
+@pytest.mark.sim_only
+@pytest.mark.parametrize("arch", [80, 86])
+@over(SMALLER)
+def test_where_shared_memory_is_smaller(arch, case):
+    from remora.testing import sim
+
+    with sim.options(arch=arch):
+        check(chunk, case)

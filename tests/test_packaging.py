@@ -204,15 +204,12 @@ def test_a_build_without_simulator_says_how_to_get_one():
         assert "REMORA_SIM=ON" in done.stderr
 
 
-# Spilling for want of a leaner layout; none of them is a bfloat16 kernel.
+# Spilling 8 to 24 bytes for want of a leaner layout; the bfloat16 one is that of routed rows.
 KNOWN_SPILLS = {
     "simple_gla_walk_kernel<__half, 128, true, false>",
-    "gated_delta_rule_bwd_state_kernel<remora::BwdStateTraits<__half, 128, 2> >",
-    "gated_delta_rule_bwd_state_kernel<remora::BwdStateTraits<__half, 128, 3> >",
-    "gated_delta_rule_bwd_chunk_kernel<remora::BwdChunkTraits<float, 128, false> >",
-    "gated_delta_rule_bwd_chunk_kernel<remora::BwdChunkTraits<float, 128, true> >",
-    "gated_delta_rule_bwd_chunk_kernel<remora::BwdChunkTraits<float, 64, false> >",
-    "gated_delta_rule_bwd_chunk_kernel<remora::BwdChunkTraits<float, 64, true> >",
+    "gated_delta_rule_fwd_kernel<__half, 128, false, ",
+    "gated_delta_rule_fwd_kernel<__nv_bfloat16, 128, false, true, true>",
+    "gated_delta_rule_fwd_kernel<__nv_bfloat16, 128, false, false, true>",
 }
 
 

@@ -23,4 +23,7 @@ __device__ __forceinline__ void role_barrier(int id) {
   }
 }
 
+/// Index of the element after `idx` in a ring.
+__device__ __forceinline__ int next_in_ring(int idx, int size) { return idx + 1 == size ? 0 : idx + 1; }
+
 }  // namespace remora

@@ -45,21 +45,28 @@ __device__ __forceinline__ void copy_tile_async(uint32_t dst, const T* src, int6
   constexpr int kElements = 16 / sizeof(T);
   constexpr int kUnits = COLS / kElements;
   static_assert(kUnits <= kNumThreads && kNumThreads % kUnits == 0, "a thread keeps its column");
-  constexpr int kRowStep = kNumThreads / kUnits;
+  constexpr int kRowStep = kNumThreads / kUnits < ROWS ? kNumThreads / kUnits : ROWS;
   static_assert(ROWS % kRowStep == 0);
   const int col = thread_idx % kUnits * kElements;
   const int first_row = thread_idx / kUnits;
+  if (kRowStep * kUnits < kNumThreads && first_row >= ROWS) return;
   const T* src_col = src + col;
   // The swizzle repeats every 8 rows, so all but a few addresses differ by constants.
   const auto dst_of = [&](int i) {
     return dst + Tile::offset(first_row + i * kRowStep % 8, col) + i * kRowStep / 8 * 8 * Tile::ROW_SIZE;
   };
   if (is_aligned && num_rows >= ROWS && num_cols == COLS) {
+    // No more copies of the body than it takes to repeat the swizzle: the instruction cache is small.
+    constexpr int kCount = ROWS / kRowStep,
+                  kUnroll = kCount > 4 && 4 * kRowStep % 8 == 0 && kCount % 4 == 0 ? 4 : kCount;
     const T* src_row = src_col + first_row * stride_row;
+#pragma unroll 1
+    for (int i = 0; i < kCount; i += kUnroll) {
 #pragma unroll
-    for (int i = 0; i < ROWS / kRowStep; ++i) {
-      cp_async_16(dst_of(i), src_row, true);
-      src_row += kRowStep * stride_row;
+      for (int j = 0; j < kUnroll; ++j) {
+        cp_async_16(dst_of(j) + i * kRowStep * Tile::ROW_SIZE, src_row, true);
+        src_row += kRowStep * stride_row;
+      }
     }
   } else if (is_aligned) {
 #pragma unroll 1

@@ -33,6 +33,14 @@ __device__ __forceinline__ int warp_max(int x) {
   return -warp_min<kLanes>(-x);
 }
 
+/// Largest over groups of kLanes neighbouring lanes; NaN only if all are.
+template <int kLanes = 32>
+__device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+  for (int mask = kLanes / 2; mask > 0; mask /= 2) x = fmaxf(x, __shfl_xor_sync(kFullWarp, x, mask));
+  return x;
+}
+
 /// Sum over this lane and the lanes below it. Lane l never sees the values of lanes above l.
 __device__ __forceinline__ float warp_inclusive_sum(float x) {
   const int lane_idx = threadIdx.x % 32;

@@ -105,7 +105,8 @@ struct SmemTile {
     return row * ROW_SIZE + ((col * static_cast<int>(sizeof(T))) ^ swizzle(row));
   }
 
-  /// row0 and col0 are multiples of 16, known at compile time in unrolled loops: only the XOR is left at run time.
+  /// row0 and col0 are multiples of 16, known at compile time in unrolled loops: only the XOR is left at run time. (Of
+  /// 8 for pairs.)
   __device__ static __forceinline__ uint32_t place(uint32_t base, int lane_offset, int row0, int col0) {
     const int col_offset = col0 * static_cast<int>(sizeof(T));
     return base + (lane_offset ^ (col_offset & 127)) + row0 * ROW_SIZE + (col_offset & ~127);
@@ -184,22 +185,26 @@ struct SmemTile {
     }
   }
 
-  /// Elements (row, col) and (row, col + 1), col even: a row of a C fragment.
-  __device__ static __forceinline__ float2 load_pair(uint32_t base, int row, int col) {
-    const uint32_t address = base + offset(row, col);
+  /// Elements (row, col) and (row, col + 1), col even: a row of a C fragment; or those at an address, as from `place`.
+  __device__ static __forceinline__ float2 load_pair(uint32_t address) {
     if constexpr (kIsFloat) {
       return load_shared_2(address);
     } else {
       return unpack<T>(load_shared_bits(address));
     }
   }
-  __device__ static __forceinline__ void store_pair(uint32_t base, int row, int col, float x, float y) {
-    const uint32_t address = base + offset(row, col);
+  __device__ static __forceinline__ void store_pair(uint32_t address, float x, float y) {
     if constexpr (kIsFloat) {
       store_shared(address, make_float2(x, y));
     } else {
       store_shared(address, pack<T>(x, y));
     }
+  }
+  __device__ static __forceinline__ float2 load_pair(uint32_t base, int row, int col) {
+    return load_pair(base + offset(row, col));
+  }
+  __device__ static __forceinline__ void store_pair(uint32_t base, int row, int col, float x, float y) {
+    store_pair(base + offset(row, col), x, y);
   }
 };
 

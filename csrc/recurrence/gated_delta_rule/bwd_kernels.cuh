@@ -5,6 +5,7 @@
 #include "recurrence/gated_delta_rule/bwd_chunk_kernel.cuh"
 #include "recurrence/gated_delta_rule/bwd_launch.h"
 #include "recurrence/gated_delta_rule/bwd_state_kernel.cuh"
+#include "recurrence/gated_delta_rule/heuristics.h"
 
 namespace remora {
 
@@ -31,44 +32,75 @@ cudaError_t launch_with_smem(Kernel kernel, int64_t num_ctas, int num_threads, s
   return cudaGetLastError();
 }
 
+/// Where the parts of the workspace begin.
+struct BwdBuffers {
+  void* d_states;
+  uint8_t* inverses;
+  float* span_maps;
+  float4* group_sums;
+  BwdBuffers(const GatedDeltaRuleBwdParams& params, const BwdWorkspace& workspace)
+      : d_states(params.workspace),
+        inverses(static_cast<uint8_t*>(params.workspace) + workspace.d_states_size),
+        span_maps(reinterpret_cast<float*>(inverses + workspace.inverses_size)),
+        group_sums(reinterpret_cast<float4*>(inverses + workspace.inverses_size + workspace.span_maps_size)) {}
+};
+
 template <typename T, int HEAD_DIM, int kNumStages>
-cudaError_t launch_bwd_state(const GatedDeltaRuleBwdParams& params, cudaStream_t stream) {
+cudaError_t launch_bwd_state(const GatedDeltaRuleBwdParams& params, const BwdBuffers& buffers, int num_sms,
+                             cudaStream_t stream) {
   using Traits = BwdStateTraits<T, HEAD_DIM, kNumStages>;
-  const RecurrenceShape& shape = params.shape;
-  const int64_t num_v_tiles = (shape.value_dim + Traits::BLOCK_V - 1) / Traits::BLOCK_V;
-  auto* d_states = static_cast<typename Traits::TSaved*>(params.workspace);
-  return launch_with_smem(gated_delta_rule_bwd_state_kernel<Traits>,
-                          shape.num_seqs * shape.num_value_heads * num_v_tiles, Traits::kNumThreads,
-                          sizeof(typename Traits::Smem), stream, params, d_states, is_aligned(params));
+  const SpanPlan spans = plan_spans(params.shape, num_sms);
+  const SpanMaps maps{spans.span_tokens, buffers.span_maps};
+  const auto launch_walk = [&](bool is_summary) {
+    return launch_with_smem(gated_delta_rule_bwd_state_kernel<Traits>,
+                            is_summary ? spans.num_summary_ctas : spans.num_walk_ctas, Traits::kNumThreads,
+                            sizeof(typename Traits::Smem), stream, params,
+                            static_cast<typename Traits::TSaved*>(buffers.d_states), buffers.inverses, maps, is_summary,
+                            is_aligned(params));
+  };
+  if (spans.num_map_slots > 0) {
+    if (const cudaError_t error = launch_walk(true); error != cudaSuccess) return error;
+    const CombineParams combine{params.shape, params.cu_seqlens, maps, true};
+    if (const cudaError_t error = launch_combine(combine, spans.num_map_slots, stream); error != cudaSuccess) {
+      return error;
+    }
+  }
+  return launch_walk(false);
 }
 
-template <typename T, int HEAD_DIM, bool kIsSmall>
-cudaError_t launch_bwd_chunk(const GatedDeltaRuleBwdParams& params, const BwdWorkspace& workspace,
-                             cudaStream_t stream) {
-  using Traits = BwdChunkTraits<T, HEAD_DIM, kIsSmall>;
-  const auto* d_states = static_cast<const typename Traits::TSaved*>(params.workspace);
-  auto* group_sums = reinterpret_cast<float4*>(static_cast<char*>(params.workspace) + workspace.d_states_size);
-  return launch_with_smem(gated_delta_rule_bwd_chunk_kernel<Traits>, workspace.num_chunk_slots * params.shape.num_heads,
-                          Traits::kNumThreads, sizeof(typename Traits::Smem), stream, params, d_states, group_sums,
-                          is_aligned(params));
+template <typename T, int HEAD_DIM, int BLOCK_V, int kNumStages>
+cudaError_t launch_bwd_chunk(const GatedDeltaRuleBwdParams& params, const BwdBuffers& buffers, cudaStream_t stream) {
+  using Traits = BwdChunkTraits<T, HEAD_DIM, BLOCK_V, kNumStages>;
+  const RecurrenceShape& shape = params.shape;
+  const auto* d_states = static_cast<const typename Traits::TSaved*>(buffers.d_states);
+  const uint8_t* inverses = buffers.inverses;
+  return launch_with_smem(gated_delta_rule_bwd_chunk_kernel<Traits>,
+                          num_state_slots(shape.batch * shape.seqlen, shape.num_seqs) * shape.num_heads,
+                          Traits::kNumThreads, sizeof(typename Traits::Smem), stream, params, d_states, inverses,
+                          buffers.group_sums, is_aligned(params));
 }
 
 template <typename T, int HEAD_DIM>
 cudaError_t run_gated_delta_rule_bwd(const GatedDeltaRuleBwdParams& params, const BwdWorkspace& workspace,
                                      const Launch& launch) {
+  constexpr int kWideBlockV = sizeof(T) == 2 ? 64 : 32;
   static_assert(sizeof(typename BwdStateTraits<T, HEAD_DIM, 1>::Smem) <= kSmallSmemSize);
   static_assert(sizeof(typename BwdStateTraits<T, HEAD_DIM, 2>::Smem) <= kMediumSmemSize);
   static_assert(sizeof(typename BwdStateTraits<T, HEAD_DIM, 3>::Smem) <= kLargeSmemSize);
-  static_assert(sizeof(typename BwdChunkTraits<T, HEAD_DIM, true>::Smem) <= kSmallSmemSize);
-  static_assert(sizeof(typename BwdChunkTraits<T, HEAD_DIM, false>::Smem) <= kMediumSmemSize);
+  static_assert(sizeof(typename BwdChunkTraits<T, HEAD_DIM, 32, 1>::Smem) <= kSmallSmemSize);
+  static_assert(sizeof(typename BwdChunkTraits<T, HEAD_DIM, 32, 2>::Smem) <= kMediumSmemSize);
+  static_assert(sizeof(typename BwdChunkTraits<T, HEAD_DIM, kWideBlockV, 2>::Smem) <= kLargeSmemSize);
   const auto stream = static_cast<cudaStream_t>(launch.stream);
   const int smem_size = smem_size_of(launch.arch);
-  const cudaError_t error = smem_size == kLargeSmemSize    ? launch_bwd_state<T, HEAD_DIM, 3>(params, stream)
-                            : smem_size == kMediumSmemSize ? launch_bwd_state<T, HEAD_DIM, 2>(params, stream)
-                                                           : launch_bwd_state<T, HEAD_DIM, 1>(params, stream);
-  if (error != cudaSuccess) return error;
-  return smem_size == kSmallSmemSize ? launch_bwd_chunk<T, HEAD_DIM, true>(params, workspace, stream)
-                                     : launch_bwd_chunk<T, HEAD_DIM, false>(params, workspace, stream);
+  const BwdBuffers buffers(params, workspace);
+  const auto state = smem_size == kLargeSmemSize    ? launch_bwd_state<T, HEAD_DIM, 3>
+                     : smem_size == kMediumSmemSize ? launch_bwd_state<T, HEAD_DIM, 2>
+                                                    : launch_bwd_state<T, HEAD_DIM, 1>;
+  if (const cudaError_t error = state(params, buffers, launch.num_sms, stream); error != cudaSuccess) return error;
+  const auto chunk = smem_size == kLargeSmemSize    ? launch_bwd_chunk<T, HEAD_DIM, kWideBlockV, 2>
+                     : smem_size == kMediumSmemSize ? launch_bwd_chunk<T, HEAD_DIM, 32, 2>
+                                                    : launch_bwd_chunk<T, HEAD_DIM, 32, 1>;
+  return chunk(params, buffers, stream);
 }
 
 }  // namespace remora

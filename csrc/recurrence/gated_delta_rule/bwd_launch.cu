@@ -4,6 +4,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "recurrence/gated_delta_rule/heuristics.h"
 #include "recurrence/gated_delta_rule/launch.h"
 #include "recurrence/sequence.cuh"
 
@@ -34,16 +35,22 @@ __global__ void __launch_bounds__(128)
 
 int64_t padded_head_dim(const GatedDeltaRuleBwdParams& params) { return params.shape.head_dim <= 64 ? 64 : 128; }
 
-BwdWorkspace plan_workspace(const GatedDeltaRuleBwdParams& params) {
+BwdWorkspace plan_workspace(const GatedDeltaRuleBwdParams& params, const Launch& launch) {
   const RecurrenceShape& shape = params.shape;
-  const int64_t block_t = params.dtype == DType::kFloat32 ? 32 : 64;
+  const int64_t element_size = size_of(params.dtype), block_t = element_size == 4 ? 32 : 64;
+  const int64_t num_blocks = block_t / 16 * (block_t / 16 + 1) / 2;
   const int64_t head_dim = padded_head_dim(params);
-  const int64_t num_slots = shape.batch * shape.seqlen / block_t + shape.num_seqs;
-  const int64_t d_states_size =
-      num_slots * shape.num_value_heads * shape.value_dim * head_dim * size_of(params.saved_dtype);
-  const bool has_groups = shape.num_value_heads > shape.num_heads;
-  return {num_slots, (d_states_size + 255) / 256 * 256,
-          has_groups ? num_slots * shape.num_heads * 2 * block_t * head_dim * int64_t{sizeof(float)} : 0};
+  const int64_t num_tokens = shape.batch * shape.seqlen, num_slots = num_tokens / block_t + shape.num_seqs;
+  const auto padded = [](int64_t size) { return (size + 255) / 256 * 256; };
+  const bool has_passes =
+      shape.num_value_heads > shape.num_heads ||
+      shape.value_dim > bwd_state_columns(static_cast<int>(element_size), num_bwd_stages(launch.arch));
+  return {padded(num_slots * shape.num_value_heads * shape.value_dim * head_dim * size_of(params.saved_dtype)),
+          padded(num_slots * shape.num_value_heads * num_blocks * 256 * element_size),
+          padded(span_maps_size(shape, plan_spans(shape, launch.num_sms).num_map_slots)),
+          has_passes ? num_state_slots(num_tokens, shape.num_seqs) * shape.num_heads * 2 * kStateInterval * head_dim *
+                           int64_t{sizeof(float)}
+                     : 0};
 }
 
 template <typename T>
@@ -54,9 +61,9 @@ cudaError_t run(const GatedDeltaRuleBwdParams& params, const BwdWorkspace& works
 
 }  // namespace
 
-int64_t gated_delta_rule_bwd_workspace(const GatedDeltaRuleBwdParams& params, const Launch&) {
-  const BwdWorkspace workspace = plan_workspace(params);
-  return workspace.d_states_size + workspace.group_sums_size;
+int64_t gated_delta_rule_bwd_workspace(const GatedDeltaRuleBwdParams& params, const Launch& launch) {
+  const BwdWorkspace workspace = plan_workspace(params, launch);
+  return workspace.d_states_size + workspace.inverses_size + workspace.span_maps_size + workspace.group_sums_size;
 }
 
 Error gated_delta_rule_bwd(const GatedDeltaRuleBwdParams& params, const Launch& launch) {
@@ -69,7 +76,7 @@ Error gated_delta_rule_bwd(const GatedDeltaRuleBwdParams& params, const Launch& 
                                           static_cast<cudaStream_t>(launch.stream)>>>(params);
     if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return cudaGetErrorString(error);
   }
-  const BwdWorkspace workspace = plan_workspace(params);
+  const BwdWorkspace workspace = plan_workspace(params, launch);
   cudaError_t error = cudaSuccess;
   switch (params.dtype) {
     case DType::kBFloat16:

@@ -16,11 +16,11 @@
 // is bound by the latency of its own instructions, so short roles side by side beat one long role of more warps.
 //
 // kIsSummary: instead of outputs, the affine map S_out = M S_in + S_ext of a span, M by starting columns of the
-// identity with v = 0, S_ext by starting at zero. fwd_combine_kernel folds the maps; the output pass starts each span
+// identity with v = 0, S_ext by starting at zero. combine_kernel folds the maps; the output pass starts each span
 // from its exact state.
 //
 // Causal to the bit: products of one 16x16 block on the diagonal contain later tokens times zero. A warp that meets a
-// non-finite operand there clears it and then marks the outputs it should have reached (apply_causal, apply_strict).
+// non-finite operand there clears it and then marks the outputs it should have reached (apply_lower).
 //
 // Shared memory: traits.h. Runs on sm_80 and later. Figures: README.md.
 #pragma once
@@ -30,16 +30,16 @@
 #include "common/copy.cuh"
 #include "recurrence/gated_delta_rule/params.h"
 #include "recurrence/gated_delta_rule/prepare.cuh"
+#include "recurrence/gated_delta_rule/span_maps.cuh"
 #include "recurrence/gated_delta_rule/traits.h"
-#include "recurrence/sequence.cuh"
 
 namespace remora {
 
 struct FwdKernelParams {
   GatedDeltaRuleFwdParams op;
-  int64_t num_v_tiles, num_transition_tiles, span_tokens;
+  int64_t num_v_tiles, num_transition_tiles;
   int num_stages, num_scratches;
-  float* span_maps;  // [map slots, HV]: S_ext [K, V], then M [K, K]
+  SpanMaps maps;
 };
 
 enum FwdBarrier : int {
@@ -53,9 +53,11 @@ enum FwdBarrier : int {
 constexpr int kFwdStageThreads = 32 * (kFwdInverseWarps + kFwdStateWarps);
 constexpr int kFwdScratchThreads = 32 * (kFwdPairWarps + kFwdInverseWarps);
 
-/// What -Y diag(beta) is stored as.
+/// What A, rows scaled to the range of fp16, and -Y diag(beta) are stored as. Where tokens reflect the state about
+/// alike keys (beta near 2), u is large and alternates: rounding A, R' or U to bfloat16 would cost four digits of a sum
+/// of 64.
 template <typename T>
-using FwdInverse = std::conditional_t<sizeof(T) == 4, float, __half>;
+using FwdPairs = std::conditional_t<sizeof(T) == 4, float, __half>;
 
 /// The tokens and columns of one CTA.
 struct FwdWork {
@@ -66,21 +68,6 @@ struct FwdWork {
   bool is_first, is_last;  // of the sequence's spans
   bool exists;
 };
-
-/// Spans but the last of a sequence own consecutive slots of maps: those of different sequences never meet.
-__device__ __forceinline__ int64_t first_map_slot(const Sequence& seq, int64_t span_tokens) {
-  return seq.first_token / span_tokens;
-}
-
-__device__ __forceinline__ float* span_map(const FwdKernelParams& params, int64_t slot, int64_t head) {
-  const RecurrenceShape& shape = params.op.shape;
-  return params.span_maps + (slot * shape.num_value_heads + head) * shape.head_dim * (shape.head_dim + shape.value_dim);
-}
-
-__device__ __forceinline__ int64_t find_map_owner(const FwdKernelParams& params, int64_t slot) {
-  return find_owner(params.op.shape, params.op.cu_seqlens, slot,
-                    [&](const Sequence& seq, int64_t) { return first_map_slot(seq, params.span_tokens); });
-}
 
 /// Summary pass: the spans that own a map slot. Output pass: the first span of every sequence, then those that follow a
 /// map slot.
@@ -96,12 +83,12 @@ __device__ __forceinline__ FwdWork decode_work(const FwdKernelParams& params) {
   index /= shape.num_value_heads;
   const bool has_slot = kIsSummary || index >= shape.num_seqs;
   const int64_t slot = kIsSummary ? index : index - shape.num_seqs;
-  work.seq_idx = has_slot ? find_map_owner(params, slot) : index;
+  work.seq_idx = has_slot ? find_map_owner(shape, params.op.cu_seqlens, params.maps, slot) : index;
   work.seq = find_sequence(shape, params.op.cu_seqlens, work.seq_idx);
-  const int64_t first_slot = first_map_slot(work.seq, params.span_tokens);
+  const int64_t first_slot = first_map_slot(work.seq, params.maps.span_tokens);
   const int64_t span = has_slot ? slot - first_slot + (kIsSummary ? 0 : 1) : 0;
-  work.begin = min(max(span, int64_t{0}) * params.span_tokens, work.seq.num_tokens);
-  work.end = work.begin + min(params.span_tokens, work.seq.num_tokens - work.begin);
+  work.begin = min(max(span, int64_t{0}) * params.maps.span_tokens, work.seq.num_tokens);
+  work.end = work.begin + min(params.maps.span_tokens, work.seq.num_tokens - work.begin);
   work.map_slot = first_slot + span;
   work.is_first = span == 0;
   work.is_last = work.end == work.seq.num_tokens;
@@ -250,33 +237,6 @@ __device__ __forceinline__ void store_state(float* dst, int64_t stride_k, int64_
   }
 }
 
-template <typename T, int kBlocks>
-__device__ __forceinline__ bool is_finite(const FragA<T> (&x)[kBlocks]) {
-  // x * 0 is 0 or NaN.
-  if constexpr (sizeof(T) == 4) {
-    float sum = 0.f;
-#pragma unroll
-    for (int b = 0; b < kBlocks; ++b) {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) sum = fmaf(x[b].r[i], 0.f, sum);
-    }
-    return sum == 0.f;
-  } else {
-    using T2 = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
-    uint32_t sum = 0;
-    const uint32_t zero = 0;
-#pragma unroll
-    for (int b = 0; b < kBlocks; ++b) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        reinterpret_cast<T2&>(sum) = __hfma2(reinterpret_cast<const T2&>(x[b].r[i]), reinterpret_cast<const T2&>(zero),
-                                             reinterpret_cast<T2&>(sum));
-      }
-    }
-    return (sum & 0x7fff7fffu) == 0;
-  }
-}
-
 /// Clears what is not below `limit` of 16 tokens' operand. first_bad: the first such token of each of a lane's two
 /// rows.
 template <typename T>
@@ -309,52 +269,11 @@ __device__ __forceinline__ void mark_from(FragC& acc, int token0, int first_0, i
   }
 }
 
-/// acc[16, tokens] += x[16, tokens] tile^T for a lower triangular CausalTile.
-template <typename T, int BLOCK_T>
-__device__ __forceinline__ void apply_causal(FragC (&acc)[BLOCK_T / 8], const FragA<T> (&x)[BLOCK_T / 16],
-                                             uint32_t tile) {
-  constexpr int NUM_BLOCKS = BLOCK_T / 16;
-  const bool all_finite = __all_sync(kFullWarp, is_finite(x));
-#pragma unroll
-  for (int i = 0; i < NUM_BLOCKS; ++i) {
-#pragma unroll
-    for (int j = 0; j < i; ++j) {
-      FragB<T> b[2];
-      SmemBlock<T>::load_b(b, tile + CausalTile<T, BLOCK_T>::block(i, j));
-      mma(acc[2 * i], x[j], b[0]);
-      mma(acc[2 * i + 1], x[j], b[1]);
-    }
-  }
-  if (all_finite) {
-#pragma unroll
-    for (int i = 0; i < NUM_BLOCKS; ++i) {
-      FragB<T> b[2];
-      SmemBlock<T>::load_b(b, tile + CausalTile<T, BLOCK_T>::block(i, i));
-      mma(acc[2 * i], x[i], b[0]);
-      mma(acc[2 * i + 1], x[i], b[1]);
-    }
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < NUM_BLOCKS; ++i) {
-    FragA<T> finite = x[i];
-    int first_bad[2];
-    clear_from(finite, INFINITY, first_bad);
-    FragB<T> b[2];
-    SmemBlock<T>::load_b(b, tile + CausalTile<T, BLOCK_T>::block(i, i));
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      mma(acc[2 * i + half], finite, b[half]);
-      mark_from(acc[2 * i + half], half * 8, first_bad[0], first_bad[1]);
-    }
-  }
-}
-
-/// r[16, tokens] += r tile^T for a strictly lower triangular CausalTile of float, or of half that is multiplied as
-/// tf32: the 11 bits of half with the range of float for r. Blocks of tokens go from last to first, so what a block
-/// adds to is no longer needed.
-template <typename TY, int BLOCK_T>
-__device__ __forceinline__ void apply_strict(FragC (&r)[BLOCK_T / 8], uint32_t tile) {
+/// acc[16, tokens] += x tile^T for a lower triangular CausalTile, with kIsStrict without diagonal, of float or of half
+/// that is multiplied as tf32: the 11 bits of half with the range of float for x. acc may be x of a strict one: blocks
+/// of tokens go from last to first, so what a block adds to is no longer needed.
+template <bool kIsStrict, typename TY, int BLOCK_T>
+__device__ __forceinline__ void apply_lower(FragC (&acc)[BLOCK_T / 8], const FragC (&x)[BLOCK_T / 8], uint32_t tile) {
   constexpr int NUM_BLOCKS = BLOCK_T / 16;
   constexpr bool kIsFloat = sizeof(TY) == 4;
   const float limit = kIsFloat ? INFINITY : 0x1p127f;  // rounding to tf32 may not overflow
@@ -362,58 +281,59 @@ __device__ __forceinline__ void apply_strict(FragC (&r)[BLOCK_T / 8], uint32_t t
 #pragma unroll
   for (int i = 0; i < BLOCK_T / 8; ++i) {
 #pragma unroll
-    for (int j = 0; j < 4; ++j) sum[j % 2] = fmaf(fabsf(r[i].r[j]), 0x1p-6f, sum[j % 2]);
+    for (int j = 0; j < 4; ++j) sum[j % 2] = fmaf(fabsf(x[i].r[j]), 0x1p-6f, sum[j % 2]);
   }
   const bool all_finite = __all_sync(kFullWarp, sum[0] + sum[1] < limit * 0x1p-6f);
-  const auto multiply = [&](int i, int j, const FragA<float>& x) {
+  const auto multiply = [&](int i, int j, const FragA<float>& a) {
     const uint32_t block = tile + CausalTile<TY, BLOCK_T>::block(i, j);
     FragB<TY> b[2];
     SmemBlock<TY>::load_b(b, block);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       if constexpr (kIsFloat) {
-        mma(r[2 * i + half], x, b[half]);
+        mma(acc[2 * i + half], a, b[half]);
       } else {
         const float2 lo = unpack<TY>(b[half].r[0]), hi = unpack<TY>(b[half].r[1]);
-        mma_tf32(r[2 * i + half], x, {{lo.x, lo.y, hi.x, hi.y}});
+        mma_tf32(acc[2 * i + half], a, {{lo.x, lo.y, hi.x, hi.y}});
       }
     }
   };
-  const auto round = [](FragA<float>& x) {
+  const auto round = [](FragA<float>& a) {
     if constexpr (!kIsFloat) {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) x.r[i] = tf32_nearest(x.r[i]);
+      for (int i = 0; i < 8; ++i) a.r[i] = tf32_nearest(a.r[i]);
     }
   };
   if (all_finite) {
 #pragma unroll
     for (int j = NUM_BLOCKS - 1; j >= 0; --j) {
-      FragA<float> x = make_a<float>(r[2 * j], r[2 * j + 1]);
-      round(x);
+      FragA<float> a = make_a<float>(x[2 * j], x[2 * j + 1]);
+      round(a);
 #pragma unroll
-      for (int i = NUM_BLOCKS - 1; i >= j; --i) multiply(i, j, x);
+      for (int i = NUM_BLOCKS - 1; i >= j; --i) multiply(i, j, a);
     }
     return;
   }
 #pragma unroll
   for (int j = NUM_BLOCKS - 1; j >= 0; --j) {
-    FragA<float> x = make_a<float>(r[2 * j], r[2 * j + 1]);
+    FragA<float> a = make_a<float>(x[2 * j], x[2 * j + 1]);
     int first_bad[2];
-    clear_from(x, limit, first_bad);
-    round(x);
+    clear_from(a, limit, first_bad);
+    round(a);
+    const int first[2] = {first_bad[0] + kIsStrict, first_bad[1] + kIsStrict};
 #pragma unroll
     for (int i = NUM_BLOCKS - 1; i >= j; --i) {
-      multiply(i, j, x);
+      multiply(i, j, a);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        mark_from(r[2 * i + half], (i - j) * 16 + half * 8, first_bad[0] + 1, first_bad[1] + 1);
+        mark_from(acc[2 * i + half], (i - j) * 16 + half * 8, first[0], first[1]);
       }
     }
   }
 }
 
-/// Index of the element after `idx` in a ring.
-__device__ __forceinline__ int next_in_ring(int idx, int size) { return idx + 1 == size ? 0 : idx + 1; }
+/// 2^-n of x = 2^n, a normal number as x is.
+__device__ __forceinline__ float inverse_of_power(float x) { return __uint_as_float(0x7f000000u - __float_as_uint(x)); }
 
 /// Zeros o of packed positions [begin, end), for the head and 16 columns of this warp.
 template <typename T>
@@ -444,7 +364,7 @@ __device__ __forceinline__ void state_subroutine(const FwdKernelParams& params, 
 
   // Columns of this warp
   const bool is_transition = kIsSummary && work.tile >= params.num_v_tiles;
-  const int64_t col0 = (is_transition ? work.tile - params.num_v_tiles : work.tile) * kFwdBlockV + warp_idx * 16;
+  const int64_t col0 = (is_transition ? work.tile - params.num_v_tiles : work.tile) * kSpanBlockV + warp_idx * 16;
   const int64_t width = is_transition ? shape.head_dim : shape.value_dim;
   const int num_cols = static_cast<int>(min(max(width - col0, int64_t{0}), int64_t{16}));
   const int64_t state_idx = work.seq_idx * shape.num_value_heads + work.head;
@@ -469,8 +389,8 @@ __device__ __forceinline__ void state_subroutine(const FwdKernelParams& params, 
                               num_rows, num_cols);
     }
   } else if (!kIsSummary) {
-    load_state<T, HEAD_DIM>(s, span_map(params, work.map_slot - 1, work.head) + col0, shape.value_dim, 1, num_rows,
-                            num_cols);
+    load_state<T, HEAD_DIM>(s, span_map(shape, params.maps, work.map_slot - 1, work.head) + col0, shape.value_dim, 1,
+                            num_rows, num_cols);
   }
 
   // Pointers at the span's first token, or with rows at the first row: every token adds its own offset.
@@ -554,13 +474,21 @@ __device__ __forceinline__ void state_subroutine(const FwdKernelParams& params, 
     if constexpr (kIsAligned) {
       v.load(gmem_v, tokens_of(remaining - BLOCK_T, op.v_stride), is_transition ? 0 : remaining - BLOCK_T, v_cols);
     }
-    apply_strict<FwdInverse<T>, BLOCK_T>(r, tile_y);
+    apply_lower<true, FwdPairs<T>, BLOCK_T>(r, r, tile_y);
 
     // U, state, outputs
+    constexpr bool kScalesA = sizeof(T) == 2;
+    bool reflects = false;
 #pragma unroll
     for (int i = 0; i < BLOCK_T / 8; ++i) {
       const float2 beta = column_pair(coef.beta, i);
-      const float2 q_in = column_pair(coef.q_in, i);
+      float2 q_in = column_pair(coef.q_in, i);
+      if constexpr (kScalesA && !kIsSummary) {
+        const float2 up = column_pair(coef.a_up, i);
+        q_in.x *= inverse_of_power(up.x);
+        q_in.y *= inverse_of_power(up.y);
+      }
+      reflects |= fmaxf(beta.x, beta.y) > 1.f;
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         r[i].r[j] *= j % 2 ? beta.y : beta.x;
@@ -573,14 +501,21 @@ __device__ __forceinline__ void state_subroutine(const FwdKernelParams& params, 
 #pragma unroll
       for (int j = 0; j < 4; ++j) s[i].r[j] *= decay;
     }
-    FragA<T> x[NUM_BLOCKS];
     if constexpr (!kIsSummary) {
+      apply_lower<false, FwdPairs<T>, BLOCK_T>(o, r, tile_a);
+      if constexpr (kScalesA) {
 #pragma unroll
-      for (int j = 0; j < NUM_BLOCKS; ++j) x[j] = make_a<T>(r[2 * j], r[2 * j + 1]);
-      apply_causal<T, BLOCK_T>(o, x, tile_a);
+        for (int i = 0; i < BLOCK_T / 8; ++i) {
+          const float2 up = column_pair(coef.a_up, i);
+#pragma unroll
+          for (int j = 0; j < 4; ++j) o[i].r[j] *= j % 2 ? up.y : up.x;
+        }
+      }
     }
     // The rounding error of a token's bfloat16 operand is handed to the next one of the same lane: where keys are
-    // alike, the errors of a chunk cancel in the state instead of adding up.
+    // alike, the errors of a chunk cancel in the state instead of adding up. Where a token may reflect the state, which
+    // keeps errors for good, a second bfloat16 term follows.
+    FragA<T> x[NUM_BLOCKS];
     float error[2] = {};
 #pragma unroll
     for (int j = 0; j < NUM_BLOCKS; ++j) {
@@ -598,15 +533,38 @@ __device__ __forceinline__ void state_subroutine(const FwdKernelParams& params, 
       }
       x[j] = make_a<T>(y[0], y[1]);
     }
+    const auto add_to_state = [&] {
 #pragma unroll
-    for (int j = 0; j < NUM_BLOCKS; ++j) {
+      for (int j = 0; j < NUM_BLOCKS; ++j) {
 #pragma unroll
-      for (int k = 0; k < HEAD_DIM / 16; ++k) {
-        FragB<T> b[2];
-        KeyTile::load_b_trans(b, tile_k, j * 16, k * 16);
-        mma(s[2 * k], x[j], b[0]);
-        mma(s[2 * k + 1], x[j], b[1]);
+        for (int k = 0; k < HEAD_DIM / 16; ++k) {
+          FragB<T> b[2];
+          KeyTile::load_b_trans(b, tile_k, j * 16, k * 16);
+          mma(s[2 * k], x[j], b[0]);
+          mma(s[2 * k + 1], x[j], b[1]);
+        }
       }
+    };
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+#pragma unroll 1
+      for (int num_left = __any_sync(kFullWarp, reflects); num_left >= 0; --num_left) {
+        add_to_state();
+        if (num_left == 0) break;
+#pragma unroll
+        for (int j = 0; j < NUM_BLOCKS; ++j) {
+#pragma unroll
+          for (int pair = 0; pair < 4; ++pair) {
+            const FragC& u = r[2 * j + pair / 2];
+            const float2 k_out = column_pair(coef.k_out, 2 * j + pair / 2), head = pair_of(x[j], pair);
+            const auto tail = [](float whole, float part) { return fabsf(part) < INFINITY ? whole - part : 0.f; };
+            set_pair(
+                x[j], pair,
+                make_float2(tail(u.r[pair % 2 * 2] * k_out.x, head.x), tail(u.r[pair % 2 * 2 + 1] * k_out.y, head.y)));
+          }
+        }
+      }
+    } else {
+      add_to_state();
     }
     if (remaining > params.num_stages * BLOCK_T) named_barrier_arrive(kFwdEmpty + stage_idx, kFwdStageThreads);
     stage_idx = next_in_ring(stage_idx, params.num_stages);
@@ -619,7 +577,8 @@ __device__ __forceinline__ void state_subroutine(const FwdKernelParams& params, 
 
   // State leaving the span
   if constexpr (kIsSummary) {
-    float* dst = span_map(params, work.map_slot, work.head) + (is_transition ? shape.head_dim * shape.value_dim : 0);
+    float* dst =
+        span_map(shape, params.maps, work.map_slot, work.head) + (is_transition ? shape.head_dim * shape.value_dim : 0);
     store_state<T, HEAD_DIM>(dst + col0, width, 1, num_rows, num_cols, s);
   } else {
     if (work.is_last && op.final_state != nullptr) {
@@ -640,7 +599,7 @@ __device__ __forceinline__ ChunkTiles<BLOCK_T> chunk_tiles(const FwdKernelParams
   constexpr FwdTile kTile{sizeof(T), HEAD_DIM};
   static_assert(sizeof(ChunkCoefficients<BLOCK_T>) == kTile.coefficients_size());
   static_assert(CausalTile<T, BLOCK_T>::SIZE == kTile.causal_tile_size());
-  static_assert(CausalTile<FwdInverse<T>, BLOCK_T>::SIZE == kTile.causal_tile_size());
+  static_assert(CausalTile<FwdPairs<T>, BLOCK_T>::SIZE == kTile.causal_tile_size());
   ChunkTiles<BLOCK_T> tiles;
   tiles.scratch = smem + scratch_idx * kTile.scratch_size();
   tiles.k = smem + params.num_scratches * kTile.scratch_size() + stage_idx * kTile.stage_size();
@@ -662,7 +621,7 @@ __device__ __forceinline__ void pair_subroutine(const FwdKernelParams& params, c
     named_barrier_sync(kFwdLoaded + parity, kFwdScratchThreads);
     const ChunkTiles<BLOCK_T> tiles = chunk_tiles<T, HEAD_DIM, BLOCK_T>(params, smem, smem_ptr, stage_idx, scratch_idx);
     prepare_coefficients<T, HEAD_DIM, BLOCK_T, kFwdPairWarps, kHasQ>(tiles, scale, use_qk_l2norm, warp_idx, kFwdPair);
-    prepare_pairs<T, HEAD_DIM, BLOCK_T, kFwdPairWarps, kHasQ>(tiles, scale, use_qk_l2norm, warp_idx);
+    prepare_pairs<T, HEAD_DIM, BLOCK_T, kFwdPairWarps, kHasQ, FwdPairs<T>, sizeof(T) == 2>(tiles, scale, warp_idx);
     named_barrier_arrive(kFwdPaired + parity, kFwdScratchThreads);
     parity ^= 1;
     stage_idx = next_in_ring(stage_idx, params.num_stages);
@@ -753,7 +712,7 @@ __device__ __forceinline__ void inverse_subroutine(const FwdKernelParams& params
   for (int chunk_idx = 0; chunk_idx < num_chunks; ++chunk_idx) {
     if (is_deep) release_chunk(chunk_idx + 1);
     named_barrier_sync(kFwdPaired + chunk_idx % 2, kFwdScratchThreads);
-    prepare_inverse<FwdInverse<T>, BLOCK_T, kFwdInverseWarps, true>(
+    prepare_inverse<FwdPairs<T>, BLOCK_T, kFwdInverseWarps, true>(
         chunk_tiles<T, HEAD_DIM, BLOCK_T>(params, smem, smem_ptr, stage_idx, scratch_idx), warp_idx, kFwdInverse);
     named_barrier_arrive(kFwdFull + stage_idx, kFwdStageThreads);
 

@@ -62,6 +62,36 @@ inline int64_t plan_span_tokens(int64_t ctas_per_seq, int num_sms) {
   return (kNominalLength / num_spans + kStep - 1) / kStep * kStep;
 }
 
+/// The walk of a sequence, forward or backward, by CTAs of kSpanBlockV columns of V.
+struct SpanPlan {
+  int64_t num_v_tiles = 0;
+  int64_t num_transition_tiles = 0;  // column tiles of the spans' transition matrices
+  int64_t span_tokens = kNotCut;     // a longer sequence is cut into spans of so many tokens
+  int64_t num_map_slots = 0;         // spans that other spans of their sequence may follow
+  int64_t num_walk_ctas = 0;
+  int64_t num_summary_ctas = 0;
+};
+
+inline SpanPlan plan_spans(const RecurrenceShape& shape, int num_sms) {
+  SpanPlan plan;
+  plan.num_v_tiles = (shape.value_dim + kSpanBlockV - 1) / kSpanBlockV;
+  plan.num_transition_tiles = (shape.head_dim + kSpanBlockV - 1) / kSpanBlockV;
+  const int64_t ctas_per_seq = shape.num_value_heads * plan.num_v_tiles;
+  plan.span_tokens = plan_span_tokens(ctas_per_seq, num_sms);
+  if (plan.span_tokens != kNotCut) {
+    plan.num_map_slots = std::max<int64_t>(shape.batch * shape.seqlen - 1, 0) / plan.span_tokens;
+  }
+  plan.num_walk_ctas = (shape.num_seqs + plan.num_map_slots) * ctas_per_seq;
+  plan.num_summary_ctas = plan.num_map_slots * shape.num_value_heads * (plan.num_v_tiles + plan.num_transition_tiles);
+  return plan;
+}
+
+/// Bytes of the spans' maps: per map slot and value head, a transition matrix and the span's own contribution.
+inline int64_t span_maps_size(const RecurrenceShape& shape, int64_t num_map_slots) {
+  return num_map_slots * shape.num_value_heads * shape.head_dim * (shape.head_dim + shape.value_dim) *
+         static_cast<int64_t>(sizeof(float));
+}
+
 inline FwdConfig plan_fwd(const RecurrenceShape& shape, DType dtype, int num_sms, int arch) {
   FwdConfig config;
   if (dtype == DType::kFloat64 || shape.head_dim > 128) return config;
@@ -75,23 +105,14 @@ inline FwdConfig plan_fwd(const RecurrenceShape& shape, DType dtype, int num_sms
     if (config.smem_size <= max_smem_size(arch)) break;
   }
 
-  config.num_v_tiles = (shape.value_dim + kFwdBlockV - 1) / kFwdBlockV;
-  config.num_transition_tiles = (shape.head_dim + kFwdBlockV - 1) / kFwdBlockV;
-  const int64_t ctas_per_seq = shape.num_value_heads * config.num_v_tiles;
-  config.span_tokens = plan_span_tokens(ctas_per_seq, num_sms);
-  if (config.span_tokens != kNotCut) {
-    config.num_map_slots = std::max<int64_t>(shape.batch * shape.seqlen - 1, 0) / config.span_tokens;
-  }
-  config.num_output_ctas = (shape.num_seqs + config.num_map_slots) * ctas_per_seq;
-  config.num_summary_ctas =
-      config.num_map_slots * shape.num_value_heads * (config.num_v_tiles + config.num_transition_tiles);
+  const SpanPlan spans = plan_spans(shape, num_sms);
+  config.num_v_tiles = spans.num_v_tiles;
+  config.num_transition_tiles = spans.num_transition_tiles;
+  config.span_tokens = spans.span_tokens;
+  config.num_map_slots = spans.num_map_slots;
+  config.num_output_ctas = spans.num_walk_ctas;
+  config.num_summary_ctas = spans.num_summary_ctas;
   return config;
-}
-
-/// Bytes of workspace: per map slot and value head, a transition matrix and the span's own contribution.
-inline int64_t fwd_workspace_size(const RecurrenceShape& shape, const FwdConfig& config) {
-  return config.num_map_slots * shape.num_value_heads * shape.head_dim * (shape.head_dim + shape.value_dim) *
-         static_cast<int64_t>(sizeof(float));
 }
 
 }  // namespace remora

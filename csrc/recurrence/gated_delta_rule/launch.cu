@@ -1,7 +1,8 @@
 // CUDA entry points of the forward pass and of the step; the backward pass has bwd_launch.cu.
 #include "recurrence/gated_delta_rule/launch.h"
 
-#include "recurrence/gated_delta_rule/fwd_combine_kernel.cuh"
+#include "recurrence/gated_delta_rule/combine_kernel.cuh"
+#include "recurrence/gated_delta_rule/fwd_kernel.cuh"
 #include "recurrence/gated_delta_rule/fwd_launch.cuh"
 #include "recurrence/gated_delta_rule/heuristics.h"
 #include "recurrence/gated_delta_rule/step_kernel.cuh"
@@ -31,22 +32,22 @@ cudaError_t launch_fwd_pass_of(const FwdKernelParams& params, const FwdConfig& c
   return launch(params, config, is_summary, is_aligned, stream);
 }
 
-cudaError_t launch_combine(const FwdKernelParams& params, const FwdConfig& config, cudaStream_t stream) {
-  const RecurrenceShape& shape = params.op.shape;
+}  // namespace
+
+cudaError_t launch_combine(const CombineParams& params, int64_t num_map_slots, cudaStream_t stream) {
+  const RecurrenceShape& shape = params.shape;
   const int64_t num_ctas =
-      config.num_map_slots * shape.num_value_heads * ((shape.value_dim + kCombineCols - 1) / kCombineCols);
-  const auto kernel = gated_delta_rule_fwd_combine_kernel;
+      num_map_slots * shape.num_value_heads * ((shape.value_dim + kCombineCols - 1) / kCombineCols);
+  const auto kernel = gated_delta_rule_combine_kernel;
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kCombineSmemSize);
   if (error != cudaSuccess) return error;
   kernel<<<static_cast<unsigned>(num_ctas), kCombineThreads, kCombineSmemSize, stream>>>(params);
   return cudaGetLastError();
 }
 
-}  // namespace
-
 int64_t gated_delta_rule_fwd_workspace(const GatedDeltaRuleFwdParams& params, const Launch& launch) {
   const FwdConfig config = plan_fwd(params.shape, params.dtype, launch.num_sms, launch.arch);
-  return config.head_dim == 0 ? 0 : fwd_workspace_size(params.shape, config);
+  return config.head_dim == 0 ? 0 : span_maps_size(params.shape, config.num_map_slots);
 }
 
 Error gated_delta_rule_fwd(const GatedDeltaRuleFwdParams& params, const Launch& launch) {
@@ -69,10 +70,9 @@ Error gated_delta_rule_fwd(const GatedDeltaRuleFwdParams& params, const Launch& 
       .op = params,
       .num_v_tiles = config.num_v_tiles,
       .num_transition_tiles = config.num_transition_tiles,
-      .span_tokens = config.span_tokens,
       .num_stages = config.num_stages,
       .num_scratches = config.num_scratches,
-      .span_maps = static_cast<float*>(params.workspace),
+      .maps = {config.span_tokens, static_cast<float*>(params.workspace)},
   };
   const bool is_aligned = is_aligned_16(params.q, params.q_stride, element_size) &&
                           is_aligned_16(params.k, params.k_stride, element_size) &&
@@ -91,7 +91,8 @@ Error gated_delta_rule_fwd(const GatedDeltaRuleFwdParams& params, const Launch& 
   };
   if (config.num_map_slots > 0) {
     if (const cudaError_t error = launch_pass(true); error != cudaSuccess) return message_of(error);
-    if (const cudaError_t error = launch_combine(kernel_params, config, stream); error != cudaSuccess) {
+    const CombineParams combine{shape, params.cu_seqlens, kernel_params.maps, false};
+    if (const cudaError_t error = launch_combine(combine, config.num_map_slots, stream); error != cudaSuccess) {
       return message_of(error);
     }
   }

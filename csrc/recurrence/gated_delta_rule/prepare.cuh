@@ -15,6 +15,8 @@
 //
 // Causal to the bit: an entry above the diagonal is selected to zero, and what multiplies such zeros is kept finite
 // (`bounded`), so a later token's NaN or overflow never reaches an earlier token's row.
+// The kernels that prepare chunks run several roles side by side, and all their loops have to fit the instruction
+// cache: rows and columns of blocks are loops at run time, only what indexes registers is unrolled.
 #pragma once
 #include "common/barrier.cuh"
 #include "common/mma.cuh"
@@ -52,6 +54,7 @@ struct ChunkCoefficients {
   float k_in[BLOCK_T];   // rk_i e^{G_i}: weights k_i where it meets the state entering the chunk
   float k_out[BLOCK_T];  // rk_i e^{G_C - G_i}: where it meets the state leaving it
   float q_in[BLOCK_T];   // scale rq_i e^{G_i}
+  float a_up[BLOCK_T];   // where rows of A are stored scaled: the power of two that undoes it
 
   __device__ __forceinline__ Decay decay_at(int i) const { return {cumsum[i], kHasRest ? g[i] : 0.f}; }
 };
@@ -73,14 +76,26 @@ struct ChunkTiles {
   ChunkCoefficients<BLOCK_T>* coef;
 };
 
+/// Powers of two that bring numbers of magnitude up to `largest` to the upper range of fp16, and back. `down` stays
+/// below 2^61, so that what it scales beside them does not overflow.
+struct HalfRange {
+  float down = 1.f, up = 1.f;
+  __device__ __forceinline__ explicit HalfRange(float largest) {
+    constexpr uint32_t kTop = 13;
+    const uint32_t exponent = min(max(__float_as_uint(largest) >> 23, 80u), 254u);
+    down = __uint_as_float((254 + kTop - exponent) << 23);
+    up = __uint_as_float((exponent - kTop) << 23);
+  }
+};
+
 __device__ __forceinline__ float bounded(float x) { return fminf(fmaxf(x, -1e30f), 1e30f); }
 
 /// g as the kernels use it: -inf and below become a decay of e^-88; NaN stays.
 __device__ __forceinline__ float clamp_log_decay(float g) { return g < kMinLogDecay ? kMinLogDecay : g; }
 
 template <typename T>
-__device__ __forceinline__ void mma_merge(FragC& c, const FragA<float>& a, const FragB<float>& b) {
-  if constexpr (sizeof(T) == 4) {
+__device__ __forceinline__ void mma_merge(FragC& c, const FragA<float>& a, const FragB<float>& b, bool is_precise) {
+  if (sizeof(T) == 4 || is_precise) {
     mma(c, a, b);
   } else {
     // The tensor core truncates, and the errors of a chunk of alike keys would add up: round to nearest instead.
@@ -98,7 +113,7 @@ __device__ __forceinline__ void mma_merge(FragC& c, const FragA<float>& a, const
 template <typename T, int HEAD_DIM>
 __device__ __forceinline__ void compute_rstd(uint32_t tile, int row0, float* rstd) {
   FragC gram[2] = {};
-#pragma unroll
+#pragma unroll 2
   for (int col = 0; col < HEAD_DIM; col += 16) {
     const FragA<T> x = SmemTile<T, HEAD_DIM>::load_a(tile, row0, col);
     mma(gram[0], x, transposed_half(x, 0));
@@ -140,26 +155,23 @@ __device__ __forceinline__ void compute_cumsum(ChunkCoefficients<BLOCK_T>& coef)
   }
 }
 
-/// Row of blocks kRow of A (written) and of L (to scratch).
-template <typename T, int HEAD_DIM, int BLOCK_T, bool kHasQ, int kRow>
-__device__ __forceinline__ void compute_pair_row(const ChunkTiles<BLOCK_T>& tiles, float scale, bool use_qk_l2norm) {
+/// Row of blocks `row_block` of A (written) and of L (to scratch). TA: of A; half is scaled row by row to the range of
+/// fp16 with kScalesA.
+template <typename T, int HEAD_DIM, int BLOCK_T, bool kHasQ, typename TA, bool kScalesA>
+__device__ __forceinline__ void compute_pair_row(const ChunkTiles<BLOCK_T>& tiles, float scale, int row_block) {
+  constexpr int NUM_BLOCKS = BLOCK_T / 16;
   using Tile = SmemTile<T, HEAD_DIM>;
-  using Causal = CausalTile<T, BLOCK_T>;
-  FragC kk[kRow + 1][2] = {}, qk[kRow + 1][2] = {};
-#pragma unroll
+  FragC kk[NUM_BLOCKS][2] = {}, qk[NUM_BLOCKS][2] = {};
+#pragma unroll 1
   for (int col = 0; col < HEAD_DIM; col += 16) {
-    const FragA<T> k_row = Tile::load_a(tiles.k, kRow * 16, col);
+    const FragA<T> k_row = Tile::load_a(tiles.k, row_block * 16, col);
     FragA<T> q_row;
-    if constexpr (kHasQ) q_row = Tile::load_a(tiles.q, kRow * 16, col);
+    if constexpr (kHasQ) q_row = Tile::load_a(tiles.q, row_block * 16, col);
 #pragma unroll
-    for (int j = 0; j <= kRow; ++j) {
+    for (int j = 0; j < NUM_BLOCKS; ++j) {
+      if (j > row_block) continue;
       FragB<T> k_col[2];
-      if (j == kRow) {
-        k_col[0] = transposed_half(k_row, 0);
-        k_col[1] = transposed_half(k_row, 1);
-      } else {
-        Tile::load_b(k_col, tiles.k, j * 16, col);
-      }
+      Tile::load_b(k_col, tiles.k, j * 16, col);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         mma(kk[j][half], k_row, k_col[half]);
@@ -167,19 +179,21 @@ __device__ __forceinline__ void compute_pair_row(const ChunkTiles<BLOCK_T>& tile
       }
     }
   }
-  const ChunkCoefficients<BLOCK_T>& coef = *tiles.coef;
+  ChunkCoefficients<BLOCK_T>& coef = *tiles.coef;
   const int row = threadIdx.x % 32 / 4, col = threadIdx.x % 4 * 2;
   typename ChunkCoefficients<BLOCK_T>::Decay row_decay[2];
-  float row_rk[2], row_rq[2];
+  float row_rk[2], row_rq[2], largest[2] = {};
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const int token = kRow * 16 + i * 8 + row;
+    const int token = row_block * 16 + i * 8 + row;
     row_decay[i] = coef.decay_at(token);
     row_rk[i] = coef.rstd_k[token];
-    row_rq[i] = coef.rstd_q[token];
+    row_rq[i] = coef.rstd_q[token] * scale;
   }
+  const uint32_t first_block = row_block * (row_block + 1) / 2;
 #pragma unroll
-  for (int j = 0; j <= kRow; ++j) {
+  for (int j = 0; j < NUM_BLOCKS; ++j) {
+    if (j > row_block) continue;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int token = j * 16 + half * 8 + col;
@@ -188,21 +202,38 @@ __device__ __forceinline__ void compute_pair_row(const ChunkTiles<BLOCK_T>& tile
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float rk_j = i % 2 ? col_rk.y : col_rk.x;
-        const int distance = kRow * 16 + i / 2 * 8 + row - (token + i % 2);
+        const int distance = row_block * 16 + i / 2 * 8 + row - (token + i % 2);
         float& l = kk[j][half].r[i];
-        if (use_qk_l2norm) l *= row_rk[i / 2] * rk_j;
-        if (j == kRow) l = distance > 0 ? l : 0.f;
+        l = distance > 0 ? l * (row_rk[i / 2] * rk_j) : 0.f;
         if constexpr (kHasQ) {
           float& a = qk[j][half].r[i];
           const float exponent = row_decay[i / 2] - col_decay[i % 2];
-          a *= scale * exp2_approx(j == kRow && distance < 0 ? 0.f : exponent);
-          if (use_qk_l2norm) a *= row_rq[i / 2] * rk_j;
-          if (j == kRow) a = distance >= 0 ? a : 0.f;
+          a = distance >= 0 ? a * (row_rq[i / 2] * rk_j * exp2_approx(distance < 0 ? 0.f : exponent)) : 0.f;
+          largest[i / 2] = fmaxf(largest[i / 2], fabsf(a));
         }
       }
     }
-    SmemBlock<float>::store_c(tiles.scratch + CausalTile<float, BLOCK_T>::block(kRow, j), kk[j]);
-    if constexpr (kHasQ) SmemBlock<T>::store_c(tiles.a + Causal::block(kRow, j), qk[j]);
+    SmemBlock<float>::store_c(tiles.scratch + (first_block + j) * SmemBlock<float>::SIZE, kk[j]);
+    if constexpr (kHasQ && !kScalesA) SmemBlock<TA>::store_c(tiles.a + (first_block + j) * SmemBlock<TA>::SIZE, qk[j]);
+  }
+  if constexpr (kHasQ && kScalesA) {
+    float down[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const HalfRange range(warp_max<4>(largest[i]));
+      down[i] = range.down;
+      if (col == 0) coef.a_up[row_block * 16 + i * 8 + row] = range.up;
+    }
+#pragma unroll
+    for (int j = 0; j < NUM_BLOCKS; ++j) {
+      if (j > row_block) continue;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) qk[j][half].r[i] *= down[i / 2];
+      }
+      SmemBlock<TA>::store_c(tiles.a + (first_block + j) * SmemBlock<TA>::SIZE, qk[j]);
+    }
   }
 }
 
@@ -241,17 +272,20 @@ __device__ __forceinline__ void solve_diagonals(const ChunkTiles<BLOCK_T>& tiles
   }
 }
 
-/// Blocks of -Y below the diagonal in column of blocks kCol.
-template <typename T, int BLOCK_T, bool kTimesBeta, int kCol>
-__device__ __forceinline__ void solve_column(const ChunkTiles<BLOCK_T>& tiles) {
+/// Blocks of -Y below the diagonal in column of blocks `col_block`.
+template <typename T, int BLOCK_T, bool kTimesBeta>
+__device__ __forceinline__ void solve_column(const ChunkTiles<BLOCK_T>& tiles, int col_block) {
   constexpr int NUM_BLOCKS = BLOCK_T / 16;
-  using Scratch = CausalTile<float, BLOCK_T>;
   using Block = SmemBlock<float>;
   const ChunkCoefficients<BLOCK_T>& coef = *tiles.coef;
   const int row = threadIdx.x % 32 / 4, col = threadIdx.x % 4 * 2;
+  const auto block_index = [](int i, int j) { return static_cast<uint32_t>(i * (i + 1) / 2 + j); };
+  const auto scratch = [&](int i, int j) { return tiles.scratch + block_index(i, j) * Block::SIZE; };
 
   // -(Y0_mj^T diag(beta_m)), rows: columns of block j, columns: tokens of block m
-  FragA<float> y_beta[NUM_BLOCKS];
+  FragA<float> y_beta[NUM_BLOCKS - 1];
+  // Where tokens of the blocks before may reflect the state (beta > 1), errors of the products never fade: 3xTF32.
+  bool reflects = false;
   const auto scale_columns = [&](const FragC(&y)[2], int m) {
     FragA<float> a;
 #pragma unroll
@@ -262,36 +296,41 @@ __device__ __forceinline__ void solve_column(const ChunkTiles<BLOCK_T>& tiles) {
     }
     return a;
   };
-
-  FragC y[2];
-  Block::load_c_trans(y, tiles.scratch + Scratch::block(kCol, kCol));
-  y_beta[kCol] = scale_columns(y, kCol);
   typename ChunkCoefficients<BLOCK_T>::Decay col_decay[2];
   float factor[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    col_decay[i] = coef.decay_at(kCol * 16 + i * 8 + row);
-    factor[i] = kTimesBeta ? -coef.beta[kCol * 16 + i * 8 + row] : -1.f;
+    col_decay[i] = coef.decay_at(col_block * 16 + i * 8 + row);
+    factor[i] = kTimesBeta ? -coef.beta[col_block * 16 + i * 8 + row] : -1.f;
   }
-#pragma unroll
-  for (int i = kCol + 1; i < NUM_BLOCKS; ++i) {
+#pragma unroll 1
+  for (int i = col_block; i < NUM_BLOCKS; ++i) {
     FragC x[2];
-    Block::load_c_trans(x, tiles.scratch + Scratch::block(i, kCol));
+    Block::load_c_trans(x, scratch(i, col_block));
+    if (i > col_block) {
 #pragma unroll
-    for (int m = kCol; m < i; ++m) {
-      FragB<float> l[2];
-      Block::load_b(l, tiles.scratch + Scratch::block(i, m));
-      mma_merge<T>(x[0], y_beta[m], l[0]);
-      mma_merge<T>(x[1], y_beta[m], l[1]);
+      for (int m = 0; m < NUM_BLOCKS - 1; ++m) {
+        if (m < col_block || m >= i) continue;
+        FragB<float> l[2];
+        Block::load_b(l, scratch(i, m));
+        mma_merge<T>(x[0], y_beta[m], l[0], reflects);
+        mma_merge<T>(x[1], y_beta[m], l[1], reflects);
+      }
+      FragA<float> x_beta = scale_columns(x, i);
+#pragma unroll
+      for (int r = 0; r < 8; ++r) x_beta.r[r] = bounded(x_beta.r[r]);
+      FragB<float> y_diagonal[2];
+      Block::load_b(y_diagonal, scratch(i, i));
+      mma_merge<T>(x[0], x_beta, y_diagonal[0], reflects);
+      mma_merge<T>(x[1], x_beta, y_diagonal[1], reflects);
     }
-    FragA<float> x_beta = scale_columns(x, i);
+    const FragA<float> scaled = scale_columns(x, i);
+    reflects |= __any_sync(kFullWarp, coef.beta[i * 16 + threadIdx.x % 16] > 1.f);
 #pragma unroll
-    for (int r = 0; r < 8; ++r) x_beta.r[r] = bounded(x_beta.r[r]);
-    FragB<float> y_diagonal[2];
-    Block::load_b(y_diagonal, tiles.scratch + Scratch::block(i, i));
-    mma_merge<T>(x[0], x_beta, y_diagonal[0]);
-    mma_merge<T>(x[1], x_beta, y_diagonal[1]);
-    if (i + 1 < NUM_BLOCKS) y_beta[i] = scale_columns(x, i);
+    for (int m = 0; m < NUM_BLOCKS - 1; ++m) {
+      if (m == i) y_beta[m] = scaled;
+    }
+    if (i == col_block) continue;  // solve_diagonals has stored it
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int token = i * 16 + half * 8 + col;
@@ -301,24 +340,13 @@ __device__ __forceinline__ void solve_column(const ChunkTiles<BLOCK_T>& tiles) {
         x[half].r[r] *= exp2_approx(row_decay[r % 2] - col_decay[r / 2]) * factor[r / 2];
       }
     }
-    SmemBlock<T>::store_c_trans(tiles.y + CausalTile<T, BLOCK_T>::block(i, kCol), x);
+    SmemBlock<T>::store_c_trans(tiles.y + block_index(i, col_block) * SmemBlock<T>::SIZE, x);
   }
 }
 
-/// Warp that computes row of blocks `row`: dealt back and forth, longest first.
-constexpr int pair_row_owner(int row, int num_blocks, int num_warps) {
-  const int turn = (num_blocks - 1 - row) % (2 * num_warps);
-  return turn < num_warps ? turn : 2 * num_warps - 1 - turn;
-}
-
-/// Warp that solves column of blocks `col`: the first column is as much work as all the others.
-constexpr int column_owner(int col, int num_warps) { return col < num_warps ? num_warps - 1 - col : 0; }
-
-/// Norms, gates and the coefficients but for beta. Ends visible to its own thread only; K, Q, g and beta must be
-/// visible.
+/// Norms (of K only without kHasQ) and cumulative gates. K, Q and g must be visible; ends without a barrier.
 template <typename T, int HEAD_DIM, int BLOCK_T, int kNumWarps, bool kHasQ>
-__device__ __forceinline__ void prepare_coefficients(const ChunkTiles<BLOCK_T>& tiles, float scale, bool use_qk_l2norm,
-                                                     int warp_idx, int barrier_id) {
+__device__ __forceinline__ void prepare_norms(const ChunkTiles<BLOCK_T>& tiles, bool use_qk_l2norm, int warp_idx) {
   ChunkCoefficients<BLOCK_T>& coef = *tiles.coef;
   const int thread_idx = warp_idx * 32 + threadIdx.x % 32;
   if (use_qk_l2norm) {
@@ -332,6 +360,16 @@ __device__ __forceinline__ void prepare_coefficients(const ChunkTiles<BLOCK_T>& 
     for (int i = thread_idx; i < BLOCK_T; i += kNumWarps * 32) coef.rstd_k[i] = coef.rstd_q[i] = 1.f;
   }
   if (warp_idx == kNumWarps - 1) compute_cumsum(coef);
+}
+
+/// Norms, gates and the coefficients but for beta. Ends visible to its own thread only; K, Q, g and beta must be
+/// visible.
+template <typename T, int HEAD_DIM, int BLOCK_T, int kNumWarps, bool kHasQ>
+__device__ __forceinline__ void prepare_coefficients(const ChunkTiles<BLOCK_T>& tiles, float scale, bool use_qk_l2norm,
+                                                     int warp_idx, int barrier_id) {
+  ChunkCoefficients<BLOCK_T>& coef = *tiles.coef;
+  const int thread_idx = warp_idx * 32 + threadIdx.x % 32;
+  prepare_norms<T, HEAD_DIM, BLOCK_T, kNumWarps, kHasQ>(tiles, use_qk_l2norm, warp_idx);
   role_barrier<kNumWarps>(barrier_id);
   const auto last_decay = coef.decay_at(BLOCK_T - 1);
 #pragma unroll
@@ -344,45 +382,30 @@ __device__ __forceinline__ void prepare_coefficients(const ChunkTiles<BLOCK_T>& 
   }
 }
 
-/// A and L, after prepare_coefficients.
-template <typename T, int HEAD_DIM, int BLOCK_T, int kNumWarps, bool kHasQ, int kRow = BLOCK_T / 16 - 1>
-__device__ __forceinline__ void prepare_pairs(const ChunkTiles<BLOCK_T>& tiles, float scale, bool use_qk_l2norm,
-                                              int warp_idx) {
-  if (warp_idx == pair_row_owner(kRow, BLOCK_T / 16, kNumWarps)) {
-    compute_pair_row<T, HEAD_DIM, BLOCK_T, kHasQ, kRow>(tiles, scale, use_qk_l2norm);
-  }
-  if constexpr (kRow > 0) {
-    prepare_pairs<T, HEAD_DIM, BLOCK_T, kNumWarps, kHasQ, kRow - 1>(tiles, scale, use_qk_l2norm, warp_idx);
-  }
-}
-
-template <typename T, int BLOCK_T, int kNumWarps, bool kTimesBeta, int kCol = 0>
-__device__ __forceinline__ void solve_columns(const ChunkTiles<BLOCK_T>& tiles, int warp_idx) {
-  if constexpr (kCol + 1 < BLOCK_T / 16) {
-    if (warp_idx == column_owner(kCol, kNumWarps)) solve_column<T, BLOCK_T, kTimesBeta, kCol>(tiles);
-    solve_columns<T, BLOCK_T, kNumWarps, kTimesBeta, kCol + 1>(tiles, warp_idx);
+/// A and L, after prepare_coefficients. Rows of blocks are dealt to the warps back and forth, longest first.
+template <typename T, int HEAD_DIM, int BLOCK_T, int kNumWarps, bool kHasQ, typename TA = T, bool kScalesA = false>
+__device__ __forceinline__ void prepare_pairs(const ChunkTiles<BLOCK_T>& tiles, float scale, int warp_idx) {
+  int turn = warp_idx;
+#pragma unroll 1
+  for (int row_block = BLOCK_T / 16 - 1 - warp_idx; row_block >= 0;) {
+    compute_pair_row<T, HEAD_DIM, BLOCK_T, kHasQ, TA, kScalesA>(tiles, scale, row_block);
+    turn = kNumWarps - 1 - turn;
+    row_block -= 1 + 2 * turn;
   }
 }
 
-/// -Y or -Y diag(beta), stored as TY, from L.
+/// -Y or -Y diag(beta), stored as TY, from L. The first column is as much work as all the others.
 template <typename TY, int BLOCK_T, int kNumWarps, bool kTimesBeta = false>
 __device__ __forceinline__ void prepare_inverse(const ChunkTiles<BLOCK_T>& tiles, int warp_idx, int barrier_id) {
 #pragma unroll 1
   for (int j = 2 * warp_idx; j < BLOCK_T / 16; j += 2 * kNumWarps) solve_diagonals<TY, BLOCK_T, kTimesBeta>(tiles, j);
   role_barrier<kNumWarps>(barrier_id);
-  solve_columns<TY, BLOCK_T, kNumWarps, kTimesBeta>(tiles, warp_idx);
-}
-
-/// Everything above for one chunk, by kNumWarps warps that share barrier `barrier_id`. K, Q, g and beta must be visible
-/// to all of them; what it writes is visible to its own warp only, until the next barrier. Without kHasQ neither
-/// Q nor A is touched. Y is stored as TY.
-template <typename T, int HEAD_DIM, int BLOCK_T, int kNumWarps, bool kHasQ = true, typename TY = T>
-__device__ __forceinline__ void prepare_chunk(const ChunkTiles<BLOCK_T>& tiles, float scale, bool use_qk_l2norm,
-                                              int warp_idx, int barrier_id) {
-  prepare_coefficients<T, HEAD_DIM, BLOCK_T, kNumWarps, kHasQ>(tiles, scale, use_qk_l2norm, warp_idx, barrier_id);
-  prepare_pairs<T, HEAD_DIM, BLOCK_T, kNumWarps, kHasQ>(tiles, scale, use_qk_l2norm, warp_idx);
-  role_barrier<kNumWarps>(barrier_id);
-  prepare_inverse<TY, BLOCK_T, kNumWarps>(tiles, warp_idx, barrier_id);
+#pragma unroll 1
+  for (int col_block = kNumWarps - 1 - warp_idx; col_block + 1 < BLOCK_T / 16;) {
+    solve_column<TY, BLOCK_T, kTimesBeta>(tiles, col_block);
+    if (warp_idx > 0) break;
+    col_block = col_block < kNumWarps ? kNumWarps : col_block + 1;
+  }
 }
 
 }  // namespace remora

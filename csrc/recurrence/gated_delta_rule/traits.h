@@ -16,7 +16,7 @@ struct FwdTile {
   constexpr int key_tile_size() const { return block_t() * head_dim * element_size; }
   constexpr int num_causal_blocks() const { return block_t() / 16 * (block_t() / 16 + 1) / 2; }
   constexpr int causal_tile_size() const { return num_causal_blocks() * 256 * element_size; }
-  constexpr int coefficients_size() const { return 8 * block_t() * 4; }
+  constexpr int coefficients_size() const { return 9 * block_t() * 4; }
 
   // A stage holds what one chunk needs: K, Q, A, -Y, coefficients. L is handed from the pair to the inverse warps
   // apart.
@@ -27,7 +27,7 @@ struct FwdTile {
   }
 };
 
-constexpr int kFwdBlockV = 64;       // columns of V a CTA, 16 a state warp
+constexpr int kSpanBlockV = 64;      // columns of V a CTA that walks a sequence, 16 a state warp
 constexpr int kFwdStateWarps = 4;    // carry the state through the chunks
 constexpr int kFwdPairWarps = 2;     // coefficients, A and L of a chunk
 constexpr int kFwdInverseWarps = 2;  // load a chunk; Y from L

@@ -1,11 +1,13 @@
-// Between the two passes over sequences that are cut into spans: the state that enters span p + 1 is
-//   E_{p+1} = S_ext_p + M_p E_p, with E_1 = S_ext_0 (span 0 started from the initial state).
-// It replaces S_ext_p in the workspace. fp32, spans and products in ascending order: the result is reproducible.
+// Between the two passes over sequences that are cut into spans: what leaves a span, in the order of the walk, is
+//   E_{p+1} = ext_p + M_p E_p, with E_1 = ext_0 (the first span started from what enters the sequence).
+// It replaces ext_p in the workspace. fp32, spans and products in a fixed order: the result is reproducible.
 //
 // Grid: (map slot, value head, 8 columns of V), flattened on x; the CTA of a sequence's first slot does them all. A
 // thread owns 4 columns of two rows. M, which waits for nobody, streams through a ring in tiles of 32 of its columns.
 #pragma once
-#include "recurrence/gated_delta_rule/fwd_kernel.cuh"
+#include "common/barrier.cuh"
+#include "common/copy.cuh"
+#include "recurrence/gated_delta_rule/span_maps.cuh"
 
 namespace remora {
 
@@ -34,10 +36,10 @@ __device__ __forceinline__ void copy_transition_tile(uint32_t tile, const float*
 }
 
 __global__ void __launch_bounds__(kCombineThreads)
-    gated_delta_rule_fwd_combine_kernel(const __grid_constant__ FwdKernelParams params) {
+    gated_delta_rule_combine_kernel(const __grid_constant__ CombineParams params) {
   extern __shared__ __align__(16) float smem_tiles[];
   float* smem_state = smem_tiles + kCombineStages * kCombineTile;  // [128, 8]: E
-  const RecurrenceShape& shape = params.op.shape;
+  const RecurrenceShape& shape = params.shape;
   const int head_dim = static_cast<int>(shape.head_dim), value_dim = static_cast<int>(shape.value_dim);
   const int num_col_tiles = (value_dim + kCombineCols - 1) / kCombineCols;
   const int col_in_tile = threadIdx.x % 2 * 4;
@@ -49,17 +51,21 @@ __global__ void __launch_bounds__(kCombineThreads)
   };
 
   // Spans
-  const int64_t seq_idx = find_map_owner(params, slot);
-  const Sequence seq = find_sequence(shape, params.op.cu_seqlens, seq_idx);
-  if (slot != first_map_slot(seq, params.span_tokens) || seq.num_tokens <= params.span_tokens) return;
-  const int num_maps = static_cast<int>((seq.num_tokens - 1) / params.span_tokens);
+  const int64_t span_tokens = params.maps.span_tokens;
+  const int64_t seq_idx = find_map_owner(shape, params.cu_seqlens, params.maps, slot);
+  const Sequence seq = find_sequence(shape, params.cu_seqlens, seq_idx);
+  if (slot != first_map_slot(seq, span_tokens) || seq.num_tokens <= span_tokens) return;
+  const int num_maps = static_cast<int>((seq.num_tokens - 1) / span_tokens);
+  const auto map_of = [&](int span) {
+    return span_map(shape, params.maps, slot + (params.is_reverse ? num_maps - 1 - span : span), head);
+  };
 
   // Tiles of M, those of span 1 first
   const int tiles_per_map = (head_dim + kCombineBlock - 1) / kCombineBlock;
   int next_span = 1, next_col = 0, next_stage = 0;
   const auto copy_next = [&] {
     if (next_span < num_maps) {
-      const float* src = span_map(params, slot + next_span, head) + shape.head_dim * shape.value_dim;
+      const float* src = map_of(next_span) + shape.head_dim * shape.value_dim;
       const uint32_t tile = smem_address(smem_tiles + next_stage * kCombineTile);
       if (head_dim % 4 == 0) {
         copy_transition_tile<4>(tile, src, head_dim, next_col);
@@ -76,7 +82,7 @@ __global__ void __launch_bounds__(kCombineThreads)
 
   float e[kCombineRowsPerThread][4];
   const auto for_each = [&](int span, auto f) {
-    float* state = span_map(params, slot + span, head);
+    float* state = map_of(span);
 #pragma unroll
     for (int i = 0; i < kCombineRowsPerThread; ++i) {
 #pragma unroll

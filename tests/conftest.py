@@ -16,6 +16,7 @@ import remora
 from remora import _ext
 
 SIM = _ext.HOST_BACKEND == "sim"
+MMA = {"early": "fma", "late": "hardware"}
 CHECKERS = {"memcheck": True, "racecheck": "on", "initcheck": True, "synccheck": True}
 
 
@@ -49,13 +50,13 @@ def backend():
 
 @pytest.fixture(params=["early", "late"] if SIM else ["native"])
 def kernels(request):
-    """Runs the test once on the CPU or the GPU. In the simulator, once with asynchronous copies done as early and once
-    as late as the programming model allows, with every checker on.
+    """Runs the test once on the CPU or the GPU. In the simulator, with every checker on: once with asynchronous copies
+    done as early as the programming model allows and exact sums of tensor-core products, once as late and truncated.
     """
     if not SIM:
         yield request.param
         return
     from remora.testing import sim
 
-    with sim.options(async_=request.param, **CHECKERS):
+    with sim.options(async_=request.param, mma=MMA[request.param], **CHECKERS):
         yield request.param

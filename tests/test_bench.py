@@ -224,16 +224,23 @@ __global__ void __launch_bounds__(64) roles(const __grid_constant__ Params p) {
 
 
 @pytest.fixture(scope="module")
-def roles(tmp_path_factory):
-    """A producer and a consumer warp that hand tiles over through named barriers."""
+def compiled(tmp_path_factory):
+    """Compiles CUDA source with one kernel."""
     from bench.timemodel import kernel
 
-    folder = tmp_path_factory.mktemp("cubin")
-    (folder / "roles.cu").write_text(ROLES)
-    subprocess.run(
-        ["nvcc", "-cubin", "-arch=sm_90a", "-std=c++20", "roles.cu", "-o", "roles.cubin"], cwd=folder, check=True
-    )
-    return kernel.load(str(folder / "roles.cubin"))
+    def load(source):
+        folder = tmp_path_factory.mktemp("cubin")
+        (folder / "kernel.cu").write_text(source)
+        subprocess.run(["nvcc", "-cubin", "-arch=sm_90a", "-std=c++20", "kernel.cu"], cwd=folder, check=True)
+        return kernel.load(str(folder / "kernel.cubin"))
+
+    return load
+
+
+@pytest.fixture(scope="module")
+def roles(compiled):
+    """A producer and a consumer warp that hand tiles over through named barriers."""
+    return compiled(ROLES)
 
 
 def roles_launch(T, **options):
@@ -301,6 +308,42 @@ def test_a_loop_over_unknown_data_needs_a_decision(roles):
     launch = kernel.Launch((6, 1, 1), (64, 1, 1), kernel.pack("p,p,p,i64:64,i32:3"))
     with pytest.raises(control.Unknown, match=r"unknown: decide it with --branch 0x"):
         kernel.longest_cta(roles, launch)
+
+
+SHARED_COUNT = r"""
+struct Work { long long first; int count, last; };
+__global__ void __launch_bounds__(128) shared_count(float* out, int tokens, int passes) {
+  __shared__ Work work;
+  __shared__ float x[128];
+  int pass = 0;
+  do {
+    __syncthreads();
+    if (threadIdx.x == 0) work = {pass * 8ll, (tokens + pass) / 16, pass + 1 == passes};
+    __syncthreads();
+#pragma unroll 1
+    for (int i = 0; i < work.count; ++i) {
+      x[threadIdx.x] = out[(work.first + i) * 128 + threadIdx.x];
+      __syncthreads();
+      out[i * 128 + threadIdx.x] = x[127 - threadIdx.x];
+      __syncthreads();
+    }
+    ++pass;
+  } while (!work.last);
+}
+"""
+
+
+@needs_nvcc
+@needs_nvdisasm
+@pytest.mark.parametrize("passes", [1, 3])
+@pytest.mark.parametrize("tokens", [16, 47])
+def test_control_flow_follows_words_that_another_warp_wrote(compiled, tokens, passes):
+    from bench.timemodel import kernel
+
+    launch = kernel.Launch((1, 1, 1), (128, 1, 1), kernel.pack(f"p,i32:{tokens},i32:{passes}"))
+    traces = kernel.longest_cta(compiled(SHARED_COUNT), launch)
+    barriers = sum(2 + 2 * ((tokens + n) // 16) for n in range(passes))
+    assert [sum(b == (0, 0) for b in t.barriers) for t in traces] == [barriers] * 4
 
 
 @needs_nvdisasm

@@ -5,7 +5,8 @@
 //   A   the elements of two C fragments side by side, in that order: a C fragment pair becomes an A fragment in place
 //   B   {k = col, n = row}, {col + 1, row}, {col + 8, row}, {col + 9, row}
 // bfloat16 and half: mma.m16n8k16. float: two mma.m16n8k8 in tf32 whose k index is permuted to that layout; every
-// operand is split in two tf32 numbers and the three larger products are summed (relative error about 2^-21).
+// operand is split in two tf32 numbers and the three larger products are summed (relative error about 2^-21). Tensor
+// cores truncate where they add: sums of many products that cancel go through mma_rounded.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -134,11 +135,13 @@ __device__ __forceinline__ void mma_tf32(FragC& c, const FragA<float>& a, const 
   }
 }
 
-/// The leading 11 bits of x as tf32; x - tf32_head(x) is exact.
-__device__ __forceinline__ float tf32_head(float x) { return __uint_as_float(__float_as_uint(x) & 0xffffe000u); }
-
 /// x in 32 bits that the tensor core truncates to the tf32 number nearest to x. Finite x only: a NaN may become zero.
 __device__ __forceinline__ float tf32_nearest(float x) { return __uint_as_float(__float_as_uint(x) + 0x1000u); }
+
+/// The tf32 number nearest to x; x - tf32_head(x) is exact and has no preferred sign.
+__device__ __forceinline__ float tf32_head(float x) {
+  return __uint_as_float(__float_as_uint(tf32_nearest(x)) & 0xffffe000u);
+}
 
 __device__ __forceinline__ void mma(FragC& c, const FragA<float>& a, const FragB<float>& b) {
   FragA<float> a_head, a_tail;
@@ -156,6 +159,24 @@ __device__ __forceinline__ void mma(FragC& c, const FragA<float>& a, const FragB
   mma_tf32(c, a_tail, b_head);
   mma_tf32(c, a_head, b_tail);
   mma_tf32(c, a_head, b_head);
+}
+
+/// c += a b + ... of further pairs (a, b). float: the sum of the products reaches c rounded to nearest.
+template <typename T, typename... Pairs>
+__device__ __forceinline__ void mma_rounded(FragC& c, const FragA<T>& a, const FragB<T>& b, const Pairs&... pairs) {
+  if constexpr (sizeof(T) == 4) {
+    FragC sum = {};
+    const auto add = [&sum](const auto& self, const FragA<T>& x, const FragB<T>& y, const auto&... rest) {
+      mma(sum, x, y);
+      if constexpr (sizeof...(rest) > 0) self(self, rest...);
+    };
+    add(add, a, b, pairs...);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) c.r[i] += sum.r[i];
+  } else {
+    mma(c, a, b);
+    if constexpr (sizeof...(pairs) > 0) mma_rounded(c, pairs...);
+  }
 }
 
 /// Transpose of an 8x8 matrix of 16-bit elements spread over the warp: lane l gives and gets row l / 4, columns

@@ -160,8 +160,8 @@ __device__ __forceinline__ void advance_state(uint32_t k, uint32_t state, uint32
       for (int n = 0; n < kTiles; n += 2) {
         FragB<T> b[2];
         Tile::load_b_trans(b, u, step, col0 + n * 8);
-        mma(s[n], a, b[0]);
-        mma(s[n + 1], a, b[1]);
+        mma_rounded(s[n], a, b[0]);
+        mma_rounded(s[n + 1], a, b[1]);
       }
     }
 #pragma unroll
@@ -374,8 +374,8 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
           const FragA<T> a = KeyTile::load_a(smem_k, place.row0, step);
           FragB<T> b[2];
           ValueTile::load_b_trans(b, smem_state, step, col0);
-          mma(r[0], a, b[0]);
-          mma(r[1], a, b[1]);
+          mma_rounded(r[0], a, b[0]);
+          mma_rounded(r[1], a, b[1]);
         }
       }
       if (tile == 0) __syncthreads();
@@ -506,8 +506,8 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
           ValueTile::load_b(b, smem_u, place.part * PART_T, step);
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
-            mma(da[h], a_d_o, b[h]);
-            mma(dl[h], a_dv, b[h]);
+            mma_rounded(da[h], a_d_o, b[h]);
+            mma_rounded(dl[h], a_dv, b[h]);
           }
         }
 #pragma unroll
@@ -517,9 +517,9 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
           KeyTile::load_b_trans(b_d, smem_d_state, step, place.part * PART_K + n * 8);
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
-            mma(dq[n + h], a_d_o, b[h]);
-            mma(dk_row[n + h], a_dv, b[h]);
-            mma(dk_col[n + h], a_u, b_d[h]);
+            mma_rounded(dq[n + h], a_d_o, b[h]);
+            mma_rounded(dk_row[n + h], a_dv, b[h]);
+            mma_rounded(dk_col[n + h], a_u, b_d[h]);
           }
           if ((step / 16 + n / 2) % NUM_BLOCKS == place.row_block) state_dot += dot(b[0], b_d[0]) + dot(b[1], b_d[1]);
         }
@@ -600,8 +600,8 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
           KeyTile::load_b(b, smem_k, token0, step);
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
-            mma(qk[h], a_q, b[h]);
-            mma(kk[h], a_k, b[h]);
+            mma_rounded(qk[h], a_q, b[h]);
+            mma_rounded(kk[h], a_k, b[h]);
           }
         }
 #pragma unroll
@@ -734,8 +734,8 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
           KeyTile::load_b_trans(b, smem_k, j * 16, place.part * PART_K + n * 8);
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
-            mma(dq[n + h], a, b[h]);
-            mma(dk[n + h], l, b[h]);
+            mma_rounded(dq[n + h], a, b[h]);
+            mma_rounded(dk[n + h], l, b[h]);
           }
         }
       }
@@ -750,8 +750,7 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
           KeyTile::load_b_trans(b_k, smem_k, i * 16, place.part * PART_K + n * 8);
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
-            mma(dk[n + h], a, b_q[h]);
-            mma(dk[n + h], l, b_k[h]);
+            mma_rounded(dk[n + h], a, b_q[h], l, b_k[h]);
           }
         }
       }

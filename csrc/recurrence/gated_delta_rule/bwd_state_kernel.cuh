@@ -290,8 +290,8 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
       for (int n = 0; n < kTilesT; n += 2) {
         FragB<T> b[2];
         KeyTile::load_b(b, smem_k, n * 8, step * 8);
-        mma(du[n], a, b[0]);
-        mma(du[n + 1], a, b[1]);
+        mma_rounded(du[n], a, b[0]);
+        mma_rounded(du[n + 1], a, b[1]);
       }
     }
 #pragma unroll
@@ -307,8 +307,8 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
       for (int j = 0; j <= i; ++j) {
         FragB<T> b[2];
         SmemBlock<T>::load_b_trans(b, smem_a + CausalTile<T, BLOCK_T>::block(i, j));
-        mma(du[2 * j], a, b[0]);
-        mma(du[2 * j + 1], a, b[1]);
+        mma_rounded(du[2 * j], a, b[0]);
+        mma_rounded(du[2 * j + 1], a, b[1]);
       }
     }
 
@@ -365,6 +365,21 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
       }
     }
 
+    const int num_tokens = min(BLOCK_T, walk.num_tokens - chunk_idx * BLOCK_T), num_v = target.num_v;
+    if constexpr (sizeof(T) == 4) {
+#pragma unroll
+      for (int n = 0; n < kTilesT; ++n) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int lane = read_thread_idx() % 32, token = n * 8 + lane % 4 * 2 + e, v = lane / 4;
+          if (token >= num_tokens) continue;
+          T* const out = target.x + input.rows[token] * value_stride + v;
+          if (v < num_v) out[0] = x[n].r[e];
+          if (v + 8 < num_v) out[8] = x[n].r[2 + e];
+        }
+      }
+    }
+
     // dS^T, lifted
     const float decay = exp2_approx(coef.cumsum[BLOCK_T - 1]) * lift_of<T>(coef.cumsum[0]);
 #pragma unroll
@@ -398,8 +413,7 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
         KeyTile::load_b_trans(b_k, smem_k, i * 16, n * 8);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          mma(d_state[n + h], a_d_o, b_q[h]);
-          mma(d_state[n + h], a_x, b_k[h]);
+          mma_rounded(d_state[n + h], a_d_o, b_q[h], a_x, b_k[h]);
         }
       }
     }
@@ -412,18 +426,8 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
       }
     }
 
-    // X leaves through the warp's own columns of dO.
-    const int num_tokens = min(BLOCK_T, walk.num_tokens - chunk_idx * BLOCK_T), num_v = target.num_v;
-    if constexpr (sizeof(T) == 4) {
-#pragma unroll
-      for (int n = 0; n < kTilesT; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int token = n * 8 + col + i % 2, v = row + i / 2 * 8;
-          if (token < num_tokens && v < num_v) target.x[input.rows[token] * value_stride + v] = x[n].r[i];
-        }
-      }
-    } else {
+    // 16-bit X leaves through the warp's own columns of dO.
+    if constexpr (sizeof(T) == 2) {
       __syncwarp();
 #pragma unroll
       for (int n = 0; n < kTilesT; ++n) {

@@ -5,8 +5,7 @@
 #include "recurrence/gated_delta_rule/fwd_kernel.cuh"
 #include "recurrence/gated_delta_rule/fwd_launch.cuh"
 #include "recurrence/gated_delta_rule/heuristics.h"
-#include "recurrence/gated_delta_rule/step_kernel.cuh"
-#include "recurrence/gated_delta_rule/step_launch.cuh"
+#include "recurrence/step_launch.h"
 
 namespace remora {
 namespace {
@@ -100,34 +99,7 @@ Error gated_delta_rule_fwd(const GatedDeltaRuleFwdParams& params, const Launch& 
 }
 
 Error gated_delta_rule_step(const GatedDeltaRuleStepParams& params, const Launch& launch) {
-  const RecurrenceShape& shape = params.shape;
-  const cudaStream_t stream = static_cast<cudaStream_t>(launch.stream);
-  if (params.dtype == DType::kFloat64 || shape.head_dim > 256) {
-    return "gated_delta_rule_step on CUDA: head_dim must be at most 256, dtype not float64";
-  }
-  if (shape.num_seqs == 0) {
-    const int64_t num_elements = shape.batch * shape.seqlen * shape.num_value_heads * shape.value_dim;
-    return message_of(cudaMemsetAsync(params.o, 0, num_elements * size_of(params.dtype), stream));
-  }
-  const StepKernelParams kernel_params{
-      .op = params,
-      .num_v_tiles = (shape.value_dim + kStepBlockV - 1) / kStepBlockV,
-      .is_aligned = is_aligned_16(params.initial_state) && is_aligned_16(params.final_state) &&
-                    (params.state_v_first ? shape.head_dim : shape.value_dim) % 4 == 0,
-  };
-  const int64_t num_ctas = shape.num_seqs * shape.num_value_heads * kernel_params.num_v_tiles;
-  if (num_ctas == 0) return nullptr;
-  if (num_ctas > kMaxCtas) {
-    return "gated_delta_rule_step on CUDA: num_seqs * num_value_heads * ceil(value_dim / 32) is too large";
-  }
-  switch (params.dtype) {
-    case DType::kBFloat16:
-      return message_of(launch_step<__nv_bfloat16>(kernel_params, stream));
-    case DType::kFloat16:
-      return message_of(launch_step<__half>(kernel_params, stream));
-    default:
-      return message_of(launch_step<float>(kernel_params, stream));
-  }
+  return run_step(params, launch);
 }
 
 }  // namespace remora

@@ -5,8 +5,8 @@
 #include <algorithm>
 
 #include "recurrence/sequence.cuh"
-#include "recurrence/simple_gla/step_launch.h"
 #include "recurrence/simple_gla/walk.h"
+#include "recurrence/step_launch.h"
 
 namespace remora {
 namespace {
@@ -370,29 +370,6 @@ Error simple_gla_bwd(const SimpleGlaBwdParams& p, const Launch& launch) {
   return message_of(error);
 }
 
-Error simple_gla_step(const SimpleGlaStepParams& params, const Launch& launch) {
-  const RecurrenceShape& shape = params.shape;
-  const auto stream = static_cast<cudaStream_t>(launch.stream);
-  if (params.dtype == DType::kFloat64 || shape.head_dim > 256) {
-    return "simple_gla_step on CUDA: head_dim must be at most 256, dtype not float64";
-  }
-  if (shape.num_seqs == 0) {
-    const int64_t num_elements = shape.batch * shape.seqlen * shape.num_value_heads * shape.value_dim;
-    return message_of(cudaMemsetAsync(params.o, 0, num_elements * size_of(params.dtype), stream));
-  }
-  const int64_t num_ctas = shape.num_seqs * shape.num_value_heads * divide_up(shape.value_dim, kStepBlockV);
-  if (num_ctas == 0) return nullptr;
-  if (num_ctas > kMaxCtas) {
-    return "simple_gla_step on CUDA: num_seqs * num_value_heads * ceil(value_dim / 32) is too large";
-  }
-  switch (params.dtype) {
-    case DType::kBFloat16:
-      return message_of(launch_step<__nv_bfloat16>(params, stream));
-    case DType::kFloat16:
-      return message_of(launch_step<__half>(params, stream));
-    default:
-      return message_of(launch_step<float>(params, stream));
-  }
-}
+Error simple_gla_step(const SimpleGlaStepParams& params, const Launch& launch) { return run_step(params, launch); }
 
 }  // namespace remora

@@ -568,11 +568,8 @@ __global__ void __launch_bounds__(kWalkThreads, 1) simple_gla_walk_kernel(const 
 
     // The state leaving the chunk. In reverse all coefficients may be too small for half: a power of two lifts them.
     constexpr bool kIsLifted = kReverse && std::is_same_v<T, __half>;
-    // Read anew for its inverse, or a register spills.
-    const auto lift = [&](int sign) {
-      return __int_as_float((127 + (kIsLifted ? sign * static_cast<int>(fminf(-cumsum[0], 60.f)) : 0)) << 23);
-    };
-    const float raise = lift(1);
+    const int lift = kIsLifted ? static_cast<int>(fminf(-cumsum[0], 60.f)) : 0;
+    const float raise = __int_as_float((127 + lift) << 23), lower = __int_as_float((127 - lift) << 23);
     const auto scale_state = [&](float factor) {
 #pragma unroll
       for (int i = 0; i < DIM / 8; ++i) {
@@ -600,7 +597,7 @@ __global__ void __launch_bounds__(kWalkThreads, 1) simple_gla_walk_kernel(const 
         mma(z[2 * d + 1], x, b[1]);
       }
     }
-    if constexpr (kIsLifted) scale_state(lift(-1));
+    if constexpr (kIsLifted) scale_state(lower);
     if (params.num_stages == 1 && step + 1 < num_chunks) {
       __syncthreads();
       copy_chunk(step + 1, 0);

@@ -92,8 +92,8 @@ __device__ __forceinline__ void multiply_tiles(FragC (&c)[2], uint32_t smem_a, u
     const FragA<T> a = Tile::load_a(smem_a, 0, k0);
     FragB<T> b[2];
     Tile::load_b(b, smem_b, 0, k0);
-    mma(c[0], a, b[0]);
-    mma(c[1], a, b[1]);
+    mma_rounded(c[0], a, b[0]);
+    mma_rounded(c[1], a, b[1]);
   }
 }
 
@@ -107,19 +107,8 @@ __device__ __forceinline__ void accumulate_tile(FragC (&sums)[kCount], const Fra
   for (int n = 0; n < kCount / 2; ++n) {
     FragB<T> b[2];
     Tile::load_b_trans(b, smem_tile, 0, col0 + n * 16);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      FragC& sum = sums[2 * n + half];
-      if constexpr (sizeof(T) == 4) {
-        // Tensor cores truncate what they add up; over thousands of rows that is a bias float would notice.
-        FragC here{};
-        mma(here, a, b[half]);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) sum.r[i] += here.r[i];
-      } else {
-        mma(sum, a, b[half]);
-      }
-    }
+    mma_rounded(sums[2 * n], a, b[0]);
+    mma_rounded(sums[2 * n + 1], a, b[1]);
   }
 }
 

@@ -94,29 +94,6 @@ struct WarpRows {
   __device__ __forceinline__ bool all_see(int first) const { return all_begin <= first && first + 16 <= all_end; }
 };
 
-/// x as a TF32 number and the rest of it. Rounding the first to nearest halves the second.
-template <typename Frag>
-__device__ __forceinline__ void split_tf32(const Frag& x, Frag& head, Frag& rest) {
-  constexpr int kCount = sizeof(x.r) / sizeof(float);
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) head.r[i] = tf32_head(tf32_nearest(x.r[i])), rest.r[i] = x.r[i] - head.r[i];
-}
-
-/// c += a b. float: three TF32 products, the error of whose operands is at most 2^-22 and has no direction.
-template <typename T>
-__device__ __forceinline__ void multiply_add(FragC& c, const FragA<T>& a, const FragB<T>& b) {
-  if constexpr (sizeof(T) == 4) {
-    FragA<T> a_head, a_rest;
-    FragB<T> b_head, b_rest;
-    split_tf32(a, a_head, a_rest), split_tf32(b, b_head, b_rest);
-    mma_tf32(c, a_rest, b_head);
-    mma_tf32(c, a_head, b_rest);
-    mma_tf32(c, a_head, b_head);
-  } else {
-    mma(c, a, b);
-  }
-}
-
 /// c = rows [a_row, a_row + 16 M_TILES) of tile a times the transpose of rows [16 n] of tile b, for blocks n of 16 rows
 /// in [n_begin, n_end).
 template <typename T, int HEAD_DIM, int M_TILES, int NUM_BLOCKS>
@@ -128,7 +105,7 @@ __device__ __forceinline__ void multiply_rows(FragC (&c)[M_TILES][2 * NUM_BLOCKS
 #pragma unroll
     for (int n = 0; n < 2 * NUM_BLOCKS; ++n) c[m][n] = {};
   }
-#pragma unroll
+#pragma unroll(sizeof(T) == 4 ? 3 : HEAD_DIM / 16)
   for (int k = 0; k < HEAD_DIM; k += 16) {
     FragA<T> a[M_TILES];
 #pragma unroll
@@ -140,8 +117,8 @@ __device__ __forceinline__ void multiply_rows(FragC (&c)[M_TILES][2 * NUM_BLOCKS
       Tile::load_b(b, b_tile, n * 16, k);
 #pragma unroll
       for (int m = 0; m < M_TILES; ++m) {
-        multiply_add(c[m][2 * n], a[m], b[0]);
-        multiply_add(c[m][2 * n + 1], a[m], b[1]);
+        mma_rounded(c[m][2 * n], a[m], b[0]);
+        mma_rounded(c[m][2 * n + 1], a[m], b[1]);
       }
     }
   }
@@ -219,8 +196,8 @@ __device__ __forceinline__ void add_product(FragC (&sums)[M_TILES][HEAD_DIM / 8]
     }
 #pragma unroll
     for (int m = 0; m < M_TILES; ++m) {
-      multiply_add(sums[m][n / 8], a[m], b[0]);
-      multiply_add(sums[m][n / 8 + 1], a[m], b[1]);
+      mma_rounded(sums[m][n / 8], a[m], b[0]);
+      mma_rounded(sums[m][n / 8 + 1], a[m], b[1]);
     }
   }
   if (is_masked && __any_sync(kFullWarp, found)) add_not_finite<T, HEAD_DIM, M_TILES>(sums, a, tile, k0);

@@ -184,8 +184,8 @@ __global__ void __launch_bounds__(kChunkThreads, 2)
       for (int n = 0; n < kChunkTile / 16; ++n) {
         FragB<T> keys[2];
         Tile::load_b(keys, smem_k, n * 16, k0);
-        mma(acc[2 * n], a, keys[0]);
-        mma(acc[2 * n + 1], a, keys[1]);
+        mma_rounded(acc[2 * n], a, keys[0]);
+        mma_rounded(acc[2 * n + 1], a, keys[1]);
       }
     }
     __syncthreads();  // the stage is read

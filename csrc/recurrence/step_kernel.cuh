@@ -1,0 +1,191 @@
+// Token by token, for every rule of the family: the decode step (one or a few tokens, states of a pool updated in
+// place) and the recurrent forward pass. An operator says what one token does to the state,
+//
+//   template <int kRows>
+//   __device__ void step_token(const Params&, int64_t gate_offset, int64_t head, const float (&q)[kRows],
+//                              const float (&k)[kRows], const float (&v)[4], float (&state)[kRows][4], float (&o)[4]);
+//
+//   q, k [B, T, H, K]   v, o [B, T, HV, V]   states [slots, HV, K, V] or [slots, HV, V, K]
+//
+// Grid: (sequence, value head, 32 columns of V), flattened on x; with memories a sequence is one choice of a token. A
+// warp owns 8 columns and never waits for another.
+// Lane l holds columns 4 (l % 2) .. + 3 of HEAD_DIM / 16 rows of K, chosen so that 16 bytes of a state are contiguous:
+//   K-first  rows l / 2 + 16 i               V-first  rows 4 (l / 2) + 64 (i / 4) + i % 4
+// The state stays in registers over the tokens; everything is fp32. Bandwidth-bound: 8 K V bytes a step and head.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "common/reduce.cuh"
+#include "recurrence/sequence.cuh"
+#include "recurrence/step_launch.h"
+
+namespace remora {
+
+constexpr int kStepWarps = 4;
+constexpr int kStepThreads = 32 * kStepWarps;
+constexpr int kStepColsPerWarp = kStepBlockV / kStepWarps;
+
+template <class Params>
+struct StepKernelParams {
+  Params op;
+  int64_t num_v_tiles;
+  bool is_aligned;  // states allow 16-byte accesses
+};
+
+/// Over the rows of K: lanes with the same columns differ in bits 1..4.
+__device__ __forceinline__ float sum_step_rows(float x) {
+#pragma unroll
+  for (int mask = 16; mask > 1; mask /= 2) x += __shfl_xor_sync(kFullWarp, x, mask);
+  return x;
+}
+
+template <class Params, typename T, int HEAD_DIM, bool kVFirst>
+__global__ void __launch_bounds__(kStepThreads)
+    recurrent_step_kernel(const __grid_constant__ StepKernelParams<Params> params) {
+  constexpr int kRows = HEAD_DIM / 16;
+  const Params& op = params.op;
+  const RecurrenceShape& shape = op.shape;
+  const int lane_idx = threadIdx.x % 32, warp_idx = threadIdx.x / 32;
+  const int head_dim = static_cast<int>(shape.head_dim);
+
+  // Sequence, head, columns
+  int64_t index = blockIdx.x;
+  const int64_t col = index % params.num_v_tiles * kStepBlockV + warp_idx * kStepColsPerWarp + lane_idx % 2 * 4;
+  index /= params.num_v_tiles;
+  const int64_t head = index % shape.num_value_heads;
+  const int64_t seq = index / shape.num_value_heads;
+  const int64_t key_head = head / (shape.num_value_heads / shape.num_heads);
+  const int num_cols = static_cast<int>(min(max(shape.value_dim - col, int64_t{0}), int64_t{4}));
+  int64_t batch = seq, begin = 0, end = shape.seqlen;
+  if (op.memories != nullptr) {
+    const TokenRow choice = row_at(shape, nullptr, seq);
+    batch = choice.batch, begin = choice.token, end = begin + 1;
+  } else if (op.cu_seqlens != nullptr) {
+    const Sequence tokens = find_sequence(shape, op.cu_seqlens, seq);
+    batch = 0, begin = tokens.first_token, end = begin + tokens.num_tokens;
+  }
+  const int64_t slot = step_slot(shape, op.state_indices, op.memories, op.num_memories, op.num_slots, seq);
+  const auto row_of = [&](int i) { return kVFirst ? lane_idx / 2 * 4 + i / 4 * 64 + i % 4 : lane_idx / 2 + i * 16; };
+  const auto store_output = [&](int64_t token, const float (&o)[4]) {
+    T* dst = static_cast<T*>(op.o) + ((batch * shape.seqlen + token) * shape.num_value_heads + head) * shape.value_dim;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      if (lane_idx < 2 && j < num_cols) dst[col + j] = static_cast<T>(o[j]);
+    }
+  };
+  const float zeros[4] = {0.f, 0.f, 0.f, 0.f};
+
+  for_each_uncovered(shape, op.cu_seqlens, seq, [&](int64_t first, int64_t last) {
+    for (int64_t token = first; token < last; ++token) store_output(token, zeros);
+  });
+  if (slot < 0) {
+    for (int64_t token = begin; token < end; ++token) store_output(token, zeros);
+    return;
+  }
+
+  // State
+  const int64_t state_base = (slot * shape.num_value_heads + head) * shape.head_dim * shape.value_dim;
+  const auto state_offset = [&](int row, int j) {
+    return state_base + (kVFirst ? (col + j) * shape.head_dim + row : row * shape.value_dim + col + j);
+  };
+  float s[kRows][4];
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) s[i][j] = 0.f;
+  }
+  if (const float* src = static_cast<const float*>(op.initial_state); src != nullptr) {
+    if (params.is_aligned) {
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        const int row = row_of(kVFirst ? i / 4 * 4 : i), j = kVFirst ? i % 4 : 0;
+        float4 x = make_float4(0.f, 0.f, 0.f, 0.f);
+        if (row < head_dim && j < num_cols) x = *reinterpret_cast<const float4*>(src + state_offset(row, j));
+        if constexpr (kVFirst) {
+          const int first = i / 4 * 4;
+          s[first][j] = x.x, s[first + 1][j] = x.y, s[first + 2][j] = x.z, s[first + 3][j] = x.w;
+        } else {
+          s[i][0] = x.x, s[i][1] = x.y, s[i][2] = x.z, s[i][3] = x.w;
+        }
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          if (row_of(i) < head_dim && j < num_cols) s[i][j] = src[state_offset(row_of(i), j)];
+        }
+      }
+    }
+  }
+
+  // Tokens
+  for (int64_t token = begin; token < end; ++token) {
+    const T* gmem_k = static_cast<const T*>(op.k) + batch * op.k_stride.batch + token * op.k_stride.token +
+                      key_head * op.k_stride.head;
+    const T* gmem_q = static_cast<const T*>(op.q) + batch * op.q_stride.batch + token * op.q_stride.token +
+                      key_head * op.q_stride.head;
+    const T* gmem_v =
+        static_cast<const T*>(op.v) + batch * op.v_stride.batch + token * op.v_stride.token + head * op.v_stride.head;
+    float k[kRows], q[kRows], v[4];
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const bool is_valid = row_of(i) < head_dim;
+      k[i] = is_valid ? static_cast<float>(gmem_k[row_of(i)]) : 0.f;
+      q[i] = is_valid ? static_cast<float>(gmem_q[row_of(i)]) : 0.f;
+    }
+#pragma unroll
+    for (int j = 0; j < 4; ++j) v[j] = j < num_cols ? static_cast<float>(gmem_v[col + j]) : 0.f;
+    float o[4];
+    step_token(op, (batch * shape.seqlen + token) * shape.num_value_heads + head, head, q, k, v, s, o);
+    store_output(token, o);
+  }
+
+  // State back
+  float* dst = static_cast<float*>(op.final_state);
+  if (dst == nullptr) return;
+  if (params.is_aligned) {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const int row = row_of(kVFirst ? i / 4 * 4 : i), j = kVFirst ? i % 4 : 0, first = i / 4 * 4;
+      const float4 x = kVFirst ? make_float4(s[first][j], s[first + 1][j], s[first + 2][j], s[first + 3][j])
+                               : make_float4(s[i][0], s[i][1], s[i][2], s[i][3]);
+      if (row < head_dim && j < num_cols) *reinterpret_cast<float4*>(dst + state_offset(row, j)) = x;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        if (row_of(i) < head_dim && j < num_cols) dst[state_offset(row_of(i), j)] = s[i][j];
+      }
+    }
+  }
+}
+
+template <typename T, class Params>
+cudaError_t launch_step(const Params& op, cudaStream_t stream) {
+  const RecurrenceShape& shape = op.shape;
+  const auto is_aligned_16 = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
+  const StepKernelParams<Params> params{
+      .op = op,
+      .num_v_tiles = num_step_tiles(shape),
+      .is_aligned = is_aligned_16(op.initial_state) && is_aligned_16(op.final_state) &&
+                    (op.state_v_first ? shape.head_dim : shape.value_dim) % 4 == 0,
+  };
+  const int64_t num_ctas = shape.num_seqs * shape.num_value_heads * params.num_v_tiles;
+  const auto launch = [&](auto kernel) {
+    kernel<<<static_cast<unsigned>(num_ctas), kStepThreads, 0, stream>>>(params);
+    return cudaGetLastError();
+  };
+  const auto launch_layout = [&]<int HEAD_DIM>() {
+    return op.state_v_first ? launch(recurrent_step_kernel<Params, T, HEAD_DIM, true>)
+                            : launch(recurrent_step_kernel<Params, T, HEAD_DIM, false>);
+  };
+  if (shape.head_dim <= 64) return launch_layout.template operator()<64>();
+  if (shape.head_dim <= 128) return launch_layout.template operator()<128>();
+  return launch_layout.template operator()<256>();
+}
+
+}  // namespace remora

@@ -43,11 +43,11 @@ def fla(x: Inputs) -> Run:
         return backward(lambda q, k, v, *gates: whole(q, k, v, *gates, scale=x.scale)[0], x)
     step = fused_recurrent_gated_delta_rule if delta else fused_recurrent_simple_gla
     inputs = {name: getattr(x, name) for name in x.case.inputs}
-    states = [s.clone() for s in x.states]
+    states = list(x.states)
 
     def write(n: int) -> Tensor:
-        o, state = step(**inputs, scale=x.scale, initial_state=states[n], output_final_state=True)
-        states[n] = state
+        # From the given state every time: a graph's replay may not read a state that the step before has replaced.
+        o, states[n] = step(**inputs, scale=x.scale, initial_state=x.states[n], output_final_state=True)
         return o
 
     return rotating(x, write, states)

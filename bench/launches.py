@@ -52,7 +52,10 @@ class Recorder:
 
     def __init__(self, dtype: str = "bf16", head_dim: int = 128):
         chosen = [
-            s for s in nvcc.sources() if not re.search(r"_(bf16|fp16|fp32)", s.name) or wanted(s.name, dtype, head_dim)
+            s
+            for s in nvcc.sources()
+            if s.parent.name == "gated_delta_rule"
+            and (not re.search(r"_(bf16|fp16|fp32)", s.name) or wanted(s.name, dtype, head_dim))
         ]
         objects = [nvcc.compile_one(s, ARCH, "o").path for s in chosen]
         self.cubins: dict[str, str] = {}

@@ -1,11 +1,9 @@
 """Which instructions a warp executes: its control flow, from the kernel's SASS, launch shape and parameters.
 
 Interprets only what decides control: the backward slice of branch conditions and barrier operands (integer and
-predicate
-instructions, launch constants, special registers), for all 32 lanes. Values that come from memory or from
-floating-point
-arithmetic are unknown; a forward branch on an unknown value is taken to fall through unless the caller decides, and is
-listed; a backward one is an error.
+predicate instructions, launch constants, special registers, words that the CTA keeps in shared memory), for all 32
+lanes. Values that come from global memory or from floating-point arithmetic are unknown; a forward branch on an unknown
+value is taken to fall through unless the caller decides, and is listed; a backward one is an error.
 """
 
 import re
@@ -19,12 +17,10 @@ from .sass import Inst
 M32, M64, SIGN = 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF, 0x80000000
 PARAM_BASE = {80: 0x160, 86: 0x160, 89: 0x160, 90: 0x210, 100: 0x380, 120: 0x380}
 LANES = np.arange(32, dtype=np.uint64)
-UR, P, UP, STACK = (
-    256,
-    320,
-    328,
-    512,
-)  # first bit of the uniform registers, predicates, uniform predicates and words of the stack in a register set
+# First bit of the uniform registers, predicates, uniform predicates and words of the stack in a register set; the bit
+# that stands for shared memory as a whole
+UR, P, UP, STACK = 256, 320, 328, 512
+SHARED = STACK + 4096
 
 # A value is an int (all lanes alike), an array of 32 lanes, or None (unknown).
 Value = int | np.ndarray | None
@@ -163,6 +159,12 @@ def parse(i: Inst) -> Parsed:
             p.defs |= mask
     if i.base == "R2P":
         p.defs |= 0x7F << P
+    if i.base == "LDS":
+        p.uses |= 1 << SHARED
+    elif i.base == "STS":
+        p.defs |= 1 << SHARED
+        if (b := set_bit(words[-1])) >= 0:
+            p.uses |= ((1 << width_of(i)) - 1) << b
     for w in words:
         for m in re.finditer(r"(?<![\w.])(U?[RP])(\d+)\b", w):
             b = {"R": 0, "UR": UR, "P": P, "UP": UP}[m[1]] + int(m[2])
@@ -175,7 +177,7 @@ def parse(i: Inst) -> Parsed:
         p.uses |= 0x7F << P
     if i.pred and (b := set_bit(i.pred)) >= 0:
         p.uses |= 1 << b
-    p.kills = 0 if i.pred else p.defs
+    p.kills = 0 if i.pred else p.defs & ~(1 << SHARED)
     return p
 
 
@@ -258,10 +260,32 @@ class Program:
 # ------------------------------------------------------------------------------------------------- evaluation
 
 
+class SharedMemory:
+    """Words of a CTA's shared memory whose value is known, with who wrote them and when.
+
+    Warps are interpreted one after another. A word counts for its writer at once, for other warps after a barrier of
+    the whole CTA: the order that a kernel without races relies on.
+    """
+
+    def __init__(self) -> None:
+        self.words: dict[int, list[tuple[int, int, Value]]] = {}
+
+    def store(self, address: int, epoch: int, warp: int, value: Value) -> None:
+        if value is not None or address in self.words:
+            self.words.setdefault(address, []).append((epoch, warp, value))
+
+    def load(self, address: int, epoch: int, warp: int) -> Value:
+        seen = [x for x in self.words.get(address, []) if x[0] < epoch or (x[0] == epoch and x[1] == warp)]
+        last = [x for x in seen if x[0] == max(y[0] for y in seen)]
+        return last[-1][2] if len({writer for _, writer, _ in last}) == 1 else None
+
+
 class State:
-    def __init__(self, shape: LaunchShape, block: tuple[int, int, int], warp: int):
+    def __init__(self, shape: LaunchShape, block: tuple[int, int, int], warp: int, memory: SharedMemory):
         self.r: list[Value] = [None] * (STACK + 4096)
-        self.shape = shape
+        self.shape, self.memory, self.warp = shape, memory, warp
+        self.partial: dict[int, np.ndarray] = {}  # lanes in which a register is known, where not in all
+        self.epoch = 0  # barriers of the whole CTA passed
         threads = warp * 32 + LANES
         x, y, _ = shape.block
         self.special: dict[str, Value] = {
@@ -285,6 +309,24 @@ class State:
             at = 0 if shape.arch < 100 else 0x360
             header[at + 4 * k : at + 4 * k + 4] = v.to_bytes(4, "little")
         self.bank = bytes(header) + shape.params + bytes(64)
+
+    def get(self, n: int) -> Value:
+        """Register n as the active lanes see it."""
+        known = self.partial.get(n)
+        return None if known is not None and (self.lanes & ~known).any() else self.r[n]
+
+    def put(self, n: int, value: Value, when: Value) -> None:
+        """Writes register n in the lanes `when`."""
+        if when is True or value is None or when is None:
+            self.r[n] = simplify(value) if when is True else None
+            self.partial.pop(n, None)
+        elif self.r[n] is None:
+            self.r[n] = value
+            self.partial[n] = np.array(when)
+        else:
+            self.r[n] = simplify(sel(when, value, self.r[n]))
+            if n in self.partial:
+                self.partial[n] = self.partial[n] | when
 
     def constant(self, offset: int, size: int) -> Value:
         if offset < 0 or offset + size > len(self.bank):
@@ -327,7 +369,7 @@ def source(word: str, size: int = 1) -> Getter:
             return 0
     elif m := re.fullmatch(r"(U?R)(\d+)(?:\.(?:64|U32|H0_H0))*", word):
         n = int(m[2]) + (UR if m[1] == "UR" else 0)
-        get = (lambda s: s.r[n]) if size == 1 else (lambda s: wide(s.r[n], s.r[n + 1]))
+        get = (lambda s: s.get(n)) if size == 1 else (lambda s: wide(s.get(n), s.get(n + 1)))
     elif m := re.fullmatch(r"c\[0x0\]\[(0x[0-9a-f]+)\](?:\.\w+)?", word):
         at = int(m[1], 16)
 
@@ -384,8 +426,8 @@ def truth(word: str) -> Getter:
         return lambda s: not negated
     n = set_bit(word)
     if not negated:
-        return lambda s: s.r[n]
-    return lambda s: None if (v := s.r[n]) is None else ~v if isinstance(v, np.ndarray) else not v
+        return lambda s: s.get(n)
+    return lambda s: None if (v := s.get(n)) is None else ~v if isinstance(v, np.ndarray) else not v
 
 
 def both(a: Value, b: Value, f: Callable) -> Value:
@@ -513,8 +555,64 @@ def short_base(i: Inst) -> str:
     return i.base[1:] if i.base[0] == "U" else i.base
 
 
+def shared_address(word: str) -> Getter:
+    """Of [R2.X4+UR4+0x10] and the like."""
+    terms = []
+    for term in word.strip("[]").split("+"):
+        register, _, factor = term.partition(".X")
+        terms.append((source(register), int(factor or 1)))
+
+    def address(s: State) -> Value:
+        values = [get(s) for get, _ in terms]
+        total = add(*(None if v is None else v * factor for v, (_, factor) in zip(values, terms, strict=True)))
+        return None if total is None else simplify(total & M32)
+
+    return address
+
+
+def shared_access(i: Inst, p: Parsed) -> Callable[[State], None]:
+    """A load or store of shared memory. Bytes and halves are unknown, as is what asynchronous copies bring."""
+    guard = truth(i.pred) if i.pred else None
+    address = shared_address(p.sources[0])
+    size, is_load, is_narrow = width_of(i), i.base == "LDS", bool(re.search(r"\.[US](8|16)", i.op))
+    first = set_bit(p.results[0] if is_load else p.sources[1])
+
+    def step(s: State) -> None:
+        when = True if guard is None else guard(s)
+        lanes = s.lanes & (when if isinstance(when, np.ndarray) else np.full(32, when is not False))
+        if not lanes.any():
+            return
+        at = address(s)
+        for k in range(size):
+            if is_load:
+                value: Value = None
+                if at is not None and not is_narrow:
+                    found = [s.memory.load(a + 4 * k, s.epoch, s.warp) for a in places(at, lanes)]
+                    if isinstance(at, int):
+                        value = found[0]
+                    elif all(isinstance(v, int) for v in found):
+                        value = np.zeros(32, np.uint64)
+                        value[lanes] = found
+                if first >= 0:
+                    s.put(first + k, value, True if lanes.all() else lanes)
+            elif at is not None:
+                value = 0 if first < 0 else None if is_narrow or when is None else s.get(first + k)
+                if value is None and not s.memory.words:
+                    continue
+                for lane, a in zip(np.flatnonzero(lanes), places(at, lanes)):
+                    word = int(value[lane]) if isinstance(value, np.ndarray) else value
+                    s.memory.store(a + 4 * k, s.epoch, s.warp, word)
+
+    def places(at: int | np.ndarray, lanes: np.ndarray) -> list[int]:
+        return [at] if isinstance(at, int) else [int(a) for a in at[lanes]]
+
+    return step
+
+
 def evaluator(i: Inst, p: Parsed) -> Callable[[State], None]:
     """A function that performs an instruction of the slice on the known values."""
+    if i.base in ("LDS", "STS"):
+        return shared_access(i, p)
     base = short_base(i)
     mods = i.op.split(".")[1:]
     compute = semantics(base, mods, i, p)
@@ -526,7 +624,7 @@ def evaluator(i: Inst, p: Parsed) -> Callable[[State], None]:
 
     def put(s: State, n: int, value: Value, when: Value) -> None:
         if n >= 0:
-            s.r[n] = simplify(value if when is True else sel(when, value, s.r[n]))
+            s.put(n, value, when)
 
     def step(s: State) -> None:
         when: Value = True
@@ -805,9 +903,11 @@ def semantics(base: str, mods: list[str], i: Inst, p: Parsed) -> Callable[[State
         get_word = (
             source(w[-1], size)
             if i.base == "STL"
-            else (lambda s: s.r[slot] if size == 1 else wide(s.r[slot], s.r[slot + 1]))
+            else (lambda s: s.get(slot) if size == 1 else wide(s.get(slot), s.get(slot + 1)))
         )
         return lambda s: (get_word(s), ())
+    if i.base in ("LDS", "STS"):
+        return lambda s: (None, ())  # shared_access has its own
     if base == "P2R" and len(w) == 3:
         keep, chosen = source(w[1]), int(w[2], 0)
 
@@ -815,7 +915,7 @@ def semantics(base: str, mods: list[str], i: Inst, p: Parsed) -> Callable[[State
             out = keep(s)
             for k in range(7):
                 if chosen >> k & 1:
-                    bit = as_int(s.r[P + k])
+                    bit = as_int(s.get(P + k))
                     out = (
                         None
                         if out is None or bit is None
@@ -923,11 +1023,12 @@ def run_warp(
     block: tuple[int, int, int],
     warp: int,
     decisions: Mapping[int, bool] | None = None,
+    memory: SharedMemory | None = None,
     limit: int = 40_000_000,
 ) -> Trace:
     """Executes one warp. decisions: address of a branch with an unknown condition -> taken or not."""
     code, stop, evaluate = program.code, program.stop, program.evaluators
-    s, t = State(shape, block, warp), Trace()
+    s, t = State(shape, block, warp, memory or SharedMemory()), Trace()
     trace = t.code
     decisions = decisions or {}
     threads = shape.block[0] * shape.block[1] * shape.block[2]
@@ -954,6 +1055,7 @@ def run_warp(
         if base == "BAR":
             off = guard is False or (isinstance(guard, np.ndarray) and not (guard & s.lanes).any())
             t.barriers.append((-1, 0) if off else barrier_operands(i, program.parsed[at], s))
+            s.epoch += t.barriers[-1] == (0, 0)
         elif base == "BSSY":
             regions.append((i.target, np.zeros(32, bool), len(pending)))
         elif base == "BSYNC":
@@ -1042,7 +1144,8 @@ def run_cta(
     """The traces of a CTA's warps; equal ones are one object."""
     threads = shape.block[0] * shape.block[1] * shape.block[2]
     out: list[Trace] = []
+    memory = SharedMemory()
     for w in range((threads + 31) // 32):
-        t = run_warp(program, shape, block, w, decisions)
+        t = run_warp(program, shape, block, w, decisions, memory)
         out.append(next((o for o in out if o.code == t.code and o.barriers == t.barriers), t))
     return out

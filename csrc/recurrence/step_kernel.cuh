@@ -41,7 +41,7 @@ __device__ __forceinline__ float sum_step_rows(float x) {
 }
 
 template <class Params, typename T, int HEAD_DIM, bool kVFirst>
-__global__ void __launch_bounds__(kStepThreads)
+__global__ void __launch_bounds__(kStepThreads, 2)
     recurrent_step_kernel(const __grid_constant__ StepKernelParams<Params> params) {
   constexpr int kRows = HEAD_DIM / 16;
   const Params& op = params.op;

@@ -3,7 +3,6 @@ compared first. With REMORA_BACKEND=sim, counts of the CUDA kernels in the simul
 """
 
 import argparse
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,9 +14,16 @@ from torch.nn import functional as F
 from remora import _ext, ops
 
 from . import report
-from .cases import DTYPES, Wrong, relative_rms
-from .cpu import interleave, quantile
+from .cases import DTYPES
+from .counters import count, derived
+from .cpu import compare
 from .peers import Run
+
+TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
+COLUMNS = (
+    "touched / compulsory", "sectors / least", "tensor-core FLOP / useful", "bank conflicts, % of wavefronts",
+    "warp instructions, thousands",
+)  # fmt: skip
 
 
 def normal(seed: int, *shape: int, dtype: torch.dtype) -> Tensor:
@@ -160,42 +166,8 @@ CASES: dict[str, Callable[[], dict[str, Run]]] = {
 }
 
 
-def check(runs: dict[str, Run], case: str) -> None:
-    """Against every peer that computes the same; raises Wrong."""
-    want = runs["remora"]()
-    for name, run in runs.items():
-        for output, tensor in run().items():
-            if output not in want:
-                continue
-            error = relative_rms(tensor, want[output])
-            if not error <= (1e-5 if tensor.dtype == torch.float32 and "bf16" not in case else 2e-2):
-                raise Wrong(f"{case}: {output} of {name} differs from ours, relative RMS {error:.1e}")
-
-
-def time_cases(o: argparse.Namespace) -> dict[str, Any]:
-    measured = {}
-    for case, make in CASES.items():
-        if not set(o.cases.split()) <= set(case.split()):
-            continue
-        runs = make()
-        check(runs, case)
-        times = interleave(runs, o.budget)
-        rows = []
-        for name, values in sorted(times.items(), key=lambda item: statistics.median(item[1])):
-            ratio = statistics.median(a / b for a, b in zip(times["remora"], values, strict=True))
-            ms = [f"{1e3 * x:.2f}" for x in (statistics.median(values), quantile(values, 0.2), quantile(values, 0.8))]
-            rows.append([name, *ms, len(values), f"{ratio:.2f}"])
-        measured[case] = {"seconds": times}
-        print(f"\n{case}\n{report.table(rows, ['implementation', 'ms', 'p20', 'p80', 'n', 'ours/this'])}", flush=True)
-    return measured
-
-
 def count_cases(words: str) -> dict[str, Any]:
     """Counters of shapes small enough to simulate."""
-    from remora.testing import sim
-
-    from .counters import flatten, mma
-
     bf16 = DTYPES["bf16"]
     small = Gather(T=512, H=8, Hk=1, block=64, n=4, D=128, dtype=bf16)
     cases: list[tuple[str, Run, float, float]] = []
@@ -212,25 +184,15 @@ def count_cases(words: str) -> dict[str, Any]:
     for name, run, useful, compulsory in cases:
         if not set(words.split()) <= set(name.split()):
             continue
-        sim.reset_stats()
-        with sim.options(memory_stats=1, arch=90):
-            run()
-        rows = []
-        for kernel, stats in sim.stats().items():
-            c = flatten(stats)
-            waves, excess = (sum(c[f"shared_{kind}_{what}"] for kind in ("load", "store"))
-                             for what in ("wavefronts", "excess"))  # fmt: skip
-            sectors, ideal = (sum(c[f"{kind}_{what}"] for kind in ("load", "store"))
-                              for what in ("sectors", "ideal_sectors"))  # fmt: skip
-            rows.append([
-                kernel, int(c["ctas"]), f"{(c['load_touched'] + c['store_touched']) / compulsory:.2f}",
-                f"{sectors / max(1, ideal):.2f}", f"{mma(c) / useful:.2f}", f"{100 * excess / max(1, waves):.1f}",
-                f"{c['warp_instructions'] / 1e3:.0f}",
-            ])  # fmt: skip
-        counted[name] = rows
-        head = ["kernel", "CTAs", "touched / compulsory", "sectors / least", "tensor-core FLOP / useful",
-                "bank conflicts, %", "thousand warp instructions"]  # fmt: skip
-        print(f"\n{name}: {useful / 1e6:.1f} MFLOP, {compulsory / 1e6:.2f} MB (counted)\n{report.table(rows, head)}")
+        kernels = count(run)
+        figures = {kernel: derived(c, compulsory, useful) for kernel, c in kernels.items()}
+        rows = [
+            [kernel.split("<")[0], int(kernels[kernel]["ctas"]), *(f"{of_kernel[column]:.2f}" for column in COLUMNS)]
+            for kernel, of_kernel in figures.items()
+        ]
+        counted[name] = figures
+        title = f"{name}: {useful / 1e6:.1f} MFLOP, {compulsory / 1e6:.2f} MB (counted)"
+        print(f"\n{title}\n{report.table(rows, ['kernel', 'CTAs', *COLUMNS])}")
     return counted
 
 
@@ -248,5 +210,5 @@ def main(argv: list[str]) -> int:
     if _ext.HOST_BACKEND == "sim":
         report.save(o.json, {"kind": "simulated", "host": host, "counts": count_cases(o.cases)})
     else:
-        report.save(o.json, {"kind": "measured", "host": host, "cases": time_cases(o)})
+        report.save(o.json, {"kind": "measured", "host": host, "cases": compare(CASES, o.cases, o.budget, TOLERANCE)})
     return 0

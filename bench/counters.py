@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -70,6 +70,16 @@ def flatten(stats: dict[str, Any]) -> Counters:
         c[f"shared_{kind}_wavefronts"], c[f"shared_{kind}_excess"] = s["wavefronts"], s["excess_wavefronts"]
     c |= {f"mma_flops.{kind}": n for kind, n in stats["mma_flops"].items()}
     return c | {f"inst.{name}": n for name, n in stats["warp_instructions_by_class"].items()}
+
+
+def count(run: Callable[[], object], arch: int = 90) -> dict[str, Counters]:
+    """Of the kernels that a call launches; needs REMORA_BACKEND=sim in the environment."""
+    from remora.testing import sim
+
+    with sim.options(memory_stats=1, arch=arch):
+        sim.reset_stats()
+        run()
+    return {name: flatten(s) for name, s in sim.stats().items()}
 
 
 def add(*rows: Counters) -> Counters:
@@ -202,23 +212,21 @@ def mma(c: Counters) -> float:
     return sum(n for name, n in c.items() if name.startswith("mma_flops."))
 
 
-def derived(p: dict[str, Any]) -> dict[str, float]:
-    """The figures that are compared, of one direction."""
-    c = p["total"]
+def derived(c: Counters, compulsory: float, useful: float) -> dict[str, float]:
+    """The figures that are compared."""
     waves = c.get("shared_load_wavefronts", 0) + c.get("shared_store_wavefronts", 0)
     excess = c.get("shared_load_excess", 0) + c.get("shared_store_excess", 0)
     sectors, ideal = (sum(c.get(f"{k}_{what}", 0) for k in ("load", "store")) for what in ("sectors", "ideal_sectors"))
     return {
         "launches": c["launches"],
-        "device bytes touched / compulsory": (c["load_touched"] + c["store_touched"]) / p["compulsory"],
-        "bytes requested / compulsory": (c["load_bytes"] + c["store_bytes"]) / p["compulsory"],
+        "touched / compulsory": (c["load_touched"] + c["store_touched"]) / compulsory,
+        "requested / compulsory": (c["load_bytes"] + c["store_bytes"]) / compulsory,
         "sectors / least": sectors / max(1, ideal),
         "shared wavefronts, thousands": waves / 1e3,
         "bank conflicts, % of wavefronts": 100 * excess / max(1, waves),
-        "tensor-core FLOP / useful": mma(c) / p["useful"],
+        "tensor-core FLOP / useful": mma(c) / useful,
         "warp instructions, thousands": c["warp_instructions"] / 1e3,
         "CTA barriers, warps, thousands": c.get("inst.barrier", 0) / 1e3,
-        "largest error": max(p["errors"].values()),
     }
 
 
@@ -255,8 +263,11 @@ def kernel_table(rows: dict[str, Counters]) -> str:
 
 
 def comparison(mine: dict[str, Any], peer: dict[str, Any] | None, phase: str) -> str:
-    a = derived(mine["phases"][phase])
-    b = derived(peer["phases"][phase]) if peer else {}
+    def figures(document: dict[str, Any]) -> dict[str, float]:
+        p = document["phases"][phase]
+        return derived(p["total"], p["compulsory"], p["useful"]) | {"largest error": max(p["errors"].values())}
+
+    a, b = figures(mine), figures(peer) if peer else {}
     rows = [[k, f"{v:.4g}", f"{b[k]:.4g}" if b else "-", f"{v / b[k]:.2f}" if b.get(k) else "-"] for k, v in a.items()]
     return report.table(rows, [phase, mine["name"], peer["name"] if peer else "peer absent", "ours/peer"])
 

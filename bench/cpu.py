@@ -5,7 +5,7 @@ found right.
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -81,6 +81,43 @@ def quantile(values: list[float], q: float) -> float:
     low = int(at)
     high = min(low + 1, len(ordered) - 1)
     return ordered[low] + (ordered[high] - ordered[low]) * (at - low)
+
+
+def compare(
+    makers: Mapping[str, Callable[[], dict[str, Run]]],
+    words: str,
+    budget: float,
+    tolerance: Mapping[str, float],
+    more: Mapping[str, Callable[[str, str], str]] | None = None,
+) -> dict[str, Any]:
+    """Times "remora" and its peers in every case whose name has all the words, once they agree; prints a table each.
+
+    Args:
+        tolerance: relative RMS error by the word of the name that tells the dtype.
+        more: further columns, of the case and the implementation.
+    """
+    measured, more = {}, more or {}
+    for case, make in makers.items():
+        if not set(words.split()) <= set(case.split()):
+            continue
+        runs = make()
+        ours = runs["remora"]()
+        bound = next(x for word, x in tolerance.items() if word in case.split())
+        for name, run in runs.items():
+            for output, tensor in run().items():
+                error = cases.relative_rms(tensor, ours[output]) if output in ours else 0.0
+                if not error <= bound:
+                    raise Wrong(f"{case}: {output} of {name} differs from ours, relative RMS {error:.1e}")
+        times = interleave(runs, budget)
+        rows = []
+        for name, values in sorted(times.items(), key=lambda item: statistics.median(item[1])):
+            ms = [f"{1e3 * x:.2f}" for x in (statistics.median(values), quantile(values, 0.2), quantile(values, 0.8))]
+            ratio = statistics.median(a / b for a, b in zip(times["remora"], values, strict=True))
+            rows.append([name, *ms, len(values), f"{ratio:.2f}", *(column(case, name) for column in more.values())])
+        measured[case] = {"seconds": times, "rows": rows}
+        header = ["implementation", "ms", "p20", "p80", "n", "ours/this", *more]
+        print(f"\n{case}\n{report.table(rows, header)}", flush=True)
+    return measured
 
 
 def required(case: Case) -> tuple[str, ...]:

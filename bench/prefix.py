@@ -8,7 +8,6 @@ REMORA_BACKEND=sim, counts of the simulated CUDA kernels instead:
 """
 
 import argparse
-import statistics
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,11 +21,15 @@ from torch.nn import functional as F
 from remora import _ext, ops
 
 from . import report
-from .cases import relative_rms
-from .cpu import Run, interleave, quantile
+from .counters import add, count, derived
+from .cpu import Run, compare
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
+COLUMNS = (
+    "touched / compulsory", "requested / compulsory", "sectors / least", "bank conflicts, % of wavefronts",
+    "tensor-core FLOP / useful", "warp instructions, thousands",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,20 @@ class Prefix:
         seen = sum(t // self.stride for t in range(self.T))
         return (10 if backward else 4) * seen * self.H * self.D
 
+    def count(self, backward: bool) -> dict[str, dict[str, float]]:
+        """The figures of counters.derived for each kernel in the simulator, and for all of them."""
+        inputs = self.inputs()
+        o = self.ours(*inputs)
+        with torch.no_grad():
+            kernels = count(
+                (lambda: torch.autograd.grad(o, inputs, torch.ones_like(o))) if backward else lambda: self.ours(*inputs)
+            )
+        # backward reads what the forward pass read and wrote, and d_o, and writes the gradients
+        tensors = sum(t.numel() * t.element_size() for t in (o, *inputs)) * (2 if backward else 1)
+        compulsory, useful = tensors + o.numel() // self.D * 4, self.useful(backward)
+        kernels["all"] = add(*kernels.values())
+        return {name: derived(c, compulsory, useful) for name, c in kernels.items()}
+
 
 CASES: dict[str, Callable[[], dict[str, Run]]] = {
     f"prefix_attention {'fwd+bwd' if backward else 'fwd'} {name} {'scout' if own else 'prefix'}": (
@@ -126,19 +143,10 @@ CASES: dict[str, Callable[[], dict[str, Run]]] = {
 }
 
 
-def check(runs: dict[str, Run], case: str) -> None:
-    want = runs["remora"]()
-    for name, run in runs.items():
-        for output, tensor in run().items():
-            error = relative_rms(tensor, want[output])
-            if not error <= TOLERANCE[tensor.dtype]:
-                raise SystemExit(f"{case}: {output} of {name} differs from ours, relative RMS {error:.1e}")
-
-
-def peak(case: str, name: str) -> float:
+def peak(case: str, name: str) -> str:
     """MiB that a call adds to the memory of a process of its own."""
-    command = [sys.executable, "-m", "bench", "segment", "--peak-of", case, name]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+    command = [sys.executable, "-m", "bench", "prefix", "--peak-of", case, name]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]
 
 
 def print_peak(case: str, name: str) -> None:
@@ -152,73 +160,21 @@ def print_peak(case: str, name: str) -> None:
         file.write("5")  # the peak starts over
     before = status("VmRSS")
     run()
-    print((status("VmHWM") - before) / 1024)
-
-
-def time_cases(o: argparse.Namespace) -> dict[str, Any]:
-    measured = {}
-    for case, make in CASES.items():
-        if not set(o.cases.split()) <= set(case.split()):
-            continue
-        runs = make()
-        check(runs, case)
-        times = interleave(runs, o.budget)
-        rows = []
-        for name, values in sorted(times.items(), key=lambda item: statistics.median(item[1])):
-            ratio = statistics.median(b / a for a, b in zip(times["remora"], values, strict=True))
-            memory = f"{peak(case, name):.1f}" if o.memory else ""
-            rows.append([name, f"{statistics.median(values) * 1e3:.2f}", f"{quantile(values, 0.2) * 1e3:.2f}",
-                         f"{quantile(values, 0.8) * 1e3:.2f}", len(values), f"{ratio:.2f}", memory])  # fmt: skip
-        measured[case] = {"seconds": times, "rows": rows}
-        header = ["implementation", "ms", "p20", "p80", "n", "times ours", "MiB added"]
-        print(f"\n{case}\n{report.table(rows, header)}", flush=True)
-    return measured
+    print(f"{(status('VmHWM') - before) / 1024:.1f}")
 
 
 def count_cases() -> dict[str, Any]:
-    """Counters of a shape small enough to simulate."""
-    from remora.testing import sim
-
-    from .counters import flatten, mma
-
+    """Counters of shapes small enough to simulate."""
     counted = {}
     for shape in (Prefix(1024, 4, 4, dtype=torch.bfloat16), Prefix(1024, 8, 2, dtype=torch.bfloat16)):
-        inputs = shape.inputs()
-        rows = []
-        for backward in (False, True):
-            o = shape.ours(*inputs) if backward else inputs[0]
-            size = sum(t.numel() * t.element_size() for t in (o, *inputs)) + o.numel() // shape.D * 4
-            compulsory = size + sum(t.numel() * t.element_size() for t in (o, *inputs)) * backward
-            sim.reset_stats()
-            with sim.options(memory_stats=1):
-                if backward:
-                    torch.autograd.grad(o, inputs, torch.ones_like(o))
-                else:
-                    with torch.no_grad():
-                        shape.ours(*inputs)
-            stats = {name: flatten(s) for name, s in sim.stats().items()}
-            total: dict[str, float] = {}
-            for c in stats.values():
-                for name, n in c.items():
-                    total[name] = total.get(name, 0) + n
-            for kernel, c in ({**stats, "all": total}).items():
-                waves = c["shared_load_wavefronts"] + c["shared_store_wavefronts"]
-                excess = c["shared_load_excess"] + c["shared_store_excess"]
-                sectors = c["load_sectors"] + c["store_sectors"]
-                ideal = c["load_ideal_sectors"] + c["store_ideal_sectors"]
-                rows.append([
-                    "bwd" if backward else "fwd", kernel,
-                    f"{(c['load_touched'] + c['store_touched']) / compulsory:.2f}",
-                    f"{(c['load_bytes'] + c['store_bytes']) / compulsory:.2f}",
-                    f"{sectors / max(1, ideal):.2f}",
-                    f"{100 * excess / max(1, waves):.1f}",
-                    f"{mma(c) / shape.useful(backward):.2f}",
-                    f"{c['warp_instructions'] / 1e3:.0f}",
-                ])  # fmt: skip
-        header = ["pass", "kernel", "touched", "requested", "sectors", "conflicts %", "FLOP / useful", "k instructions"]
         title = f"prefix_attention B=1 T={shape.T} H={shape.H} Hk={shape.Hk} D={shape.D} stride={shape.stride} bf16"
-        print(f"\n{title}, over compulsory\n{report.table(rows, header)}", flush=True)
-        counted[title] = rows
+        counted[title] = {"bwd" if b else "fwd": shape.count(b) for b in (False, True)}
+        rows = [
+            [direction, kernel.split("<")[0], *(f"{figures[name]:.2f}" for name in COLUMNS)]
+            for direction, kernels in counted[title].items()
+            for kernel, figures in kernels.items()
+        ]
+        print(f"\n{title}\n{report.table(rows, ['pass', 'kernel', *COLUMNS])}", flush=True)
     return counted
 
 
@@ -242,5 +198,7 @@ def main(argv: list[str]) -> int:
     if _ext.HOST_BACKEND == "sim":
         report.save(o.json, {"kind": "simulated", "host": host, "counts": count_cases()})
     else:
-        report.save(o.json, {"kind": "measured", "host": host, "cases": time_cases(o)})
+        memory = {"MiB added": peak} if o.memory else {}
+        measured = compare(CASES, o.cases, o.budget, TOLERANCE, memory)
+        report.save(o.json, {"kind": "measured", "host": host, "cases": measured})
     return 0

@@ -175,8 +175,8 @@ def test_counters_are_flattened_and_summed():
         "warp_instructions_by_class": {"barrier": 7},
     }
     c = counters.add(counters.flatten(stats), counters.flatten(stats))
-    d = counters.derived({"total": c, "compulsory": 96, "useful": 1000, "errors": {"o": 0.001}})
-    assert d["device bytes touched / compulsory"] == 2
+    d = counters.derived(c, compulsory=96, useful=1000)
+    assert d["touched / compulsory"] == 2
     assert d["sectors / least"] == 2
     assert d["bank conflicts, % of wavefronts"] == 30
     assert d["tensor-core FLOP / useful"] == 2

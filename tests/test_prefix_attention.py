@@ -198,6 +198,21 @@ def test_tokens_outside_every_sequence_are_zero(kernels):
             assert not grads[1][:, [0, 1, 7]].any()
 
 
+def test_wild_counts_stay_within_the_tensors(kernels):
+    """Only a direct call gets that far; the public function clamps them."""
+    tensors = make(B=1, T=40, S=8, own=False)
+    args = [None if tensors[n] is None else tensors[n].detach() for n in NAMES]
+    low, high = -(2**31), 2**31 - 1
+    counts = torch.randint(low, high, (1, 40), dtype=torch.int32)
+    counts[0, :4] = torch.tensor([low, high, 0, 8])
+    rest = (counts.to(DEVICE), None, None, 1, 0, 0, 0, 0.125)
+    o, lse = torch.ops.remora.prefix_attention_fwd(*args, *rest)
+    grads = torch.ops.remora.prefix_attention_bwd(*args, *rest[:3], o, lse, torch.ones_like(o), None, *rest[3:])
+    want, _ = attend(tensors, n_visible=counts.to(DEVICE))
+    assert torch.equal(o, want)
+    assert all(x.isfinite().all() for x in (o, *grads))
+
+
 def test_nothing_to_see(kernels):
     tensors = make(T=20, S=3, own=False)
     o, lse = attend(tensors, stride=8)
@@ -296,6 +311,24 @@ def test_two_sources_merge_into_one_softmax(kernels):
         strict=True,
     ):
         torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-5)
+
+
+def test_earlier_blocks_and_the_own_one_merge_into_causal_attention(kernels):
+    """Sources of two operators: a prefix of single tokens, and the block of the query, chosen by a list."""
+    B, T, H, Hk, D, block = 2, 40, 4, 2, 32, 8
+    q, k, v = leaves = [torch.randn(B, T, h, D, device=DEVICE, requires_grad=True) for h in (H, Hk, Hk)]
+    own = torch.arange(T, device=DEVICE).expand(B, T) // block
+    sources = [
+        ops.prefix_attention(q, k, v, n_visible=own * block),
+        ops.gather_attention(q, k, v, own[..., None, None].int(), block),
+    ]
+    o, _ = ops.merge_attention(sources)
+    heads = (x.transpose(1, 2) for x in leaves)
+    want = F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True).transpose(1, 2)
+    torch.testing.assert_close(o, want, rtol=1e-4, atol=1e-5)
+    d_o = torch.randn_like(want)
+    ours, theirs = (torch.autograd.grad(x, leaves, d_o) for x in (o, want))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_merge_has_exact_gradients():

@@ -332,6 +332,22 @@ def test_wild_offsets_stay_within_the_tensors():
     assert (scores == -torch.inf).all()
 
 
+def wild(*shape):
+    return torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32)
+
+
+def test_wild_indices_stay_within_the_tensors():
+    """Only a direct call gets that far."""
+    q, k_sum = make(T=30, S=12)
+    idx, scores = torch.ops.remora.topk_chunks_fwd(q, k_sum, None, None, wild(1, 30), None, None, 5, 4, 0, 0, 2, 2, 1.0)
+    assert -1 <= idx.min() < idx.max() < 12
+    assert not scores.isnan().any()
+    chosen = torch.where(torch.rand(1, 30, 4, 5) < 0.5, wild(1, 30, 4, 5), idx)
+    plan = wild(chosen.numel()), wild(7), wild(8)
+    grads = torch.ops.remora.chunk_scores_bwd(q, k_sum, chosen, None, None, None, *plan, torch.ones(chosen.shape), 1.0)
+    assert grads[0].isfinite().all()
+
+
 ERRORS = {
     "q of rank 3": ({"q": torch.randn(4, 5, 6)}, ValueError, r"q must have shape \[B, T, H, D\]"),
     "k_sum of another dtype": ({"k_sum": torch.randn(1, 40, 2, 16).half()}, TypeError, "k_sum must have dtype"),

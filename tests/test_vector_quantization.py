@@ -230,6 +230,32 @@ def test_attention_over_quantised_keys_collapses(kernels):
     assert last.isfinite().all()
 
 
+def test_a_chunk_and_codes_are_attention_to_quantised_keys(kernels):
+    """A token reads its own chunk as it is and all before it by their codes, in one softmax; chunks are the batch."""
+    chunk = 8
+    k, codebook = make(B=1, T=32, D=16)
+    codebook.requires_grad_()
+    q, v = (torch.randn(1, 2, 32, 16, requires_grad=True) for _ in range(2))
+    idx, _ = ops.vq_assign(k, codebook)
+    quantised = codebook[torch.arange(2)[:, None], idx.long()]
+    log_count, mean, _ = ops.code_prefix_state(idx, v, 10, chunk)
+    assert torch.isneginf(log_count).any()  # codes without tokens stand in the softmax, too
+
+    def chunks(x):
+        return x[0].unflatten(1, (-1, chunk)).permute(1, 2, 0, 3)
+
+    o, _ = ops.prefix_attention(
+        chunks(q), codebook.transpose(0, 1).expand(4, -1, -1, -1), mean[0].permute(1, 2, 0, 3),
+        k_win=chunks(quantised), v_win=chunks(v), window=chunk, bias=log_count[0].transpose(0, 1),
+    )  # fmt: skip
+    want = torch.nn.functional.scaled_dot_product_attention(q, quantised, v, is_causal=True)
+    torch.testing.assert_close(o, chunks(want), rtol=1e-4, atol=1e-5)
+    d_o = torch.randn_like(want)
+    ours = torch.autograd.grad(o, [q, v, codebook], chunks(d_o), retain_graph=True)
+    theirs = torch.autograd.grad(want, [q, v, codebook], d_o)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.cpu_only
 def test_gradcheck():
     idx, v, state = prefix_inputs(B=1, H=1, T=11, D=3, S=4, dtype=torch.float64)

@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "common/cpu/arena.h"
+#include "common/cpu/element_types.h"
 #include "common/cpu/functions.h"
 #include "segment/code_prefix/cpu.h"
 
@@ -116,17 +117,8 @@ constexpr CodePrefixCpuKernels kKernels = {scratch_bytes<T>, fwd<T, E>, bwd<T, E
 
 }  // namespace
 
-const CodePrefixCpuKernels& code_prefix_kernels([[maybe_unused]] DType dtype) {
-  switch (dtype) {
-    case DType::kFloat64:
-      return kKernels<double, double>;
-    case DType::kBFloat16:
-      return kKernels<float, BFloat16>;
-    case DType::kFloat16:
-      return kKernels<float, Float16>;
-    default:
-      return kKernels<float, float>;
-  }
+const CodePrefixCpuKernels& code_prefix_kernels(DType dtype) {
+  return with_element_types(dtype, []<class T, class E>() -> const auto& { return kKernels<T, E>; });
 }
 
 }  // namespace remora::REMORA_CPU_ISA

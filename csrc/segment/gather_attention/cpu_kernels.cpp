@@ -9,6 +9,7 @@
 #include <limits>
 
 #include "common/cpu/arena.h"
+#include "common/cpu/element_types.h"
 #include "common/cpu/functions.h"
 #include "segment/gather_attention/cpu.h"
 
@@ -461,17 +462,8 @@ constexpr GatherAttentionCpuKernels kKernels = {
 
 }  // namespace
 
-const GatherAttentionCpuKernels& gather_attention_kernels([[maybe_unused]] DType dtype) {
-  switch (dtype) {
-    case DType::kFloat64:
-      return kKernels<double, double>;
-    case DType::kBFloat16:
-      return kKernels<float, BFloat16>;
-    case DType::kFloat16:
-      return kKernels<float, Float16>;
-    default:
-      return kKernels<float, float>;
-  }
+const GatherAttentionCpuKernels& gather_attention_kernels(DType dtype) {
+  return with_element_types(dtype, []<class T, class E>() -> const auto& { return kKernels<T, E>; });
 }
 
 }  // namespace remora::REMORA_CPU_ISA

@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "common/cpu/arena.h"
+#include "common/cpu/element_types.h"
 #include "common/cpu/functions.h"
 #include "segment/segment_pool/cpu.h"
 
@@ -327,17 +328,8 @@ const SegmentPoolCpuKernels& kernels_of() {
 
 }  // namespace
 
-const SegmentPoolCpuKernels& segment_pool_kernels([[maybe_unused]] DType dtype) {
-  switch (dtype) {
-    case DType::kFloat64:
-      return kernels_of<double, double>();
-    case DType::kBFloat16:
-      return kernels_of<float, BFloat16>();
-    case DType::kFloat16:
-      return kernels_of<float, Float16>();
-    default:
-      return kernels_of<float, float>();
-  }
+const SegmentPoolCpuKernels& segment_pool_kernels(DType dtype) {
+  return with_element_types(dtype, []<class T, class E>() -> const auto& { return kernels_of<T, E>(); });
 }
 
 }  // namespace remora::REMORA_CPU_ISA

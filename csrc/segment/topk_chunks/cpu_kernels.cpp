@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "common/cpu/element_types.h"
 #include "common/cpu/functions.h"
 #include "common/cpu/panels.h"
 #include "common/cpu/select.h"
@@ -414,17 +415,8 @@ constexpr TopkChunksCpuKernels kKernels = {
 
 }  // namespace
 
-const TopkChunksCpuKernels& topk_chunks_kernels([[maybe_unused]] DType dtype) {
-  switch (dtype) {
-    case DType::kFloat64:
-      return kKernels<double, double>;
-    case DType::kBFloat16:
-      return kKernels<float, BFloat16>;
-    case DType::kFloat16:
-      return kKernels<float, Float16>;
-    default:
-      return kKernels<float, float>;
-  }
+const TopkChunksCpuKernels& topk_chunks_kernels(DType dtype) {
+  return with_element_types(dtype, []<class T, class E>() -> const auto& { return kKernels<T, E>; });
 }
 
 }  // namespace remora::REMORA_CPU_ISA

@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "common/cpu/arena.h"
+#include "common/cpu/element_types.h"
 #include "common/cpu/functions.h"
 #include "common/cpu/microkernel.h"
 #include "segment/vq_assign/cpu.h"
@@ -139,17 +140,8 @@ constexpr VqAssignCpuKernels kKernels = {kChunk,     kWidth<T>,   workspace<T>, 
 
 }  // namespace
 
-const VqAssignCpuKernels& vq_assign_kernels([[maybe_unused]] DType dtype) {
-  switch (dtype) {
-    case DType::kFloat64:
-      return kKernels<double, double>;
-    case DType::kBFloat16:
-      return kKernels<float, BFloat16>;
-    case DType::kFloat16:
-      return kKernels<float, Float16>;
-    default:
-      return kKernels<float, float>;
-  }
+const VqAssignCpuKernels& vq_assign_kernels(DType dtype) {
+  return with_element_types(dtype, []<class T, class E>() -> const auto& { return kKernels<T, E>; });
 }
 
 }  // namespace remora::REMORA_CPU_ISA

@@ -7,7 +7,7 @@
 //
 // with dS = P (dO V^T - delta). Nothing is added by two CTAs: sums run in the order of keys, of heads and of tokens.
 #pragma once
-#include "segment/prefix_attention/tile.cuh"
+#include "segment/prefix_attention/key_tiles.cuh"
 
 namespace remora {
 
@@ -189,33 +189,15 @@ __global__ void __launch_bounds__(PrefixBwdRowsTraits<T, HEAD_DIM>::kNumThreads)
     const Warp seen(in, source, keys, rows);
     const KeyRange range = range_of_cta<Traits::kConfig.num_warps>(seen.lowest, seen.highest, smem_range);
     const int first_tile = range.begin / BLOCK_N, last_tile = (range.end + BLOCK_N - 1) / BLOCK_N;
-    const int64_t k_offset = source.k_stride.offset(keys.batch, keys.begin, rows.kv_head);
-    const int64_t v_offset = source.v_stride.offset(keys.batch, keys.begin, rows.kv_head);
-    const T *const k = static_cast<const T*>(source.k) + k_offset, *const v =
-                                                                       static_cast<const T*>(source.v) + v_offset;
-    const float* const bias = static_cast<const float*>(source.bias);
-
-    const auto load_keys = [&](int tile) {
-      if (tile < last_tile) {
-        const int first = tile * BLOCK_N, num_rows = range.end - first;
-        const uint32_t to = smem_kv + tile % kNumStages * 2 * Traits::TILE_SIZE;
-        const auto row = [&](const T* base, const AttentionStrides& stride) {
-          return [base, first, stride_token = stride.token](int i) { return base + (first + i) * stride_token; };
-        };
-        load_tile<T, BLOCK_N, HEAD_DIM, kNumThreads>(to, k, row(k, source.k_stride), num_rows, dims, p.is_aligned);
-        load_tile<T, BLOCK_N, HEAD_DIM, kNumThreads>(to + Traits::TILE_SIZE, v, row(v, source.v_stride), num_rows, dims,
-                                                     p.is_aligned);
-      }
-      cp_async_commit();
-    };
-    if (kNumStages == 2) load_keys(first_tile);
+    const KeyTiles<T, Traits, HEAD_DIM> tiles(source, keys, rows.kv_head, range.end, dims, p.is_aligned, smem_kv);
+    if (kNumStages == 2) tiles.load(first_tile, last_tile);
 #pragma unroll 1
     for (int tile = first_tile; tile < last_tile; ++tile) {
-      load_keys(tile + kNumStages - 1);
+      tiles.load(tile + kNumStages - 1, last_tile);
       cp_async_wait<kNumStages - 1>();
       __syncthreads();
       const int first = tile * BLOCK_N, n_begin = seen.block_begin(first), n_end = seen.block_end(first);
-      const uint32_t smem_k = smem_kv + tile % kNumStages * 2 * Traits::TILE_SIZE, smem_v = smem_k + Traits::TILE_SIZE;
+      const uint32_t smem_k = tiles.keys(tile), smem_v = tiles.values(tile);
       if (n_begin < min(n_end, NUM_BLOCKS)) {
         FragC scores[M_TILES][2 * NUM_BLOCKS], products[M_TILES][2 * NUM_BLOCKS];
         multiply_rows<T, HEAD_DIM, M_TILES, NUM_BLOCKS>(scores, smem_q, warp_row, smem_k, n_begin, n_end);
@@ -229,17 +211,13 @@ __global__ void __launch_bounds__(PrefixBwdRowsTraits<T, HEAD_DIM>::kNumThreads)
           for (int m = 0; m < M_TILES; ++m) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-              const float* bias_row = nullptr;
-              if (bias != nullptr) {
-                bias_row = bias + keys.batch * source.bias_batch + rows.head(Warp::row_of(m, half)) * source.bias_head +
-                           keys.begin;
-              }
+              const float* const bias = bias_of(source, keys, rows.head(Warp::row_of(m, half)));
 #pragma unroll
               for (int j = 0; j < 4; ++j) {
                 const int e = 2 * half + j % 2, key = first + n * 16 + j / 2 * 8 + lane_idx % 4 * 2 + j % 2;
                 float& x = scores[m][2 * n + j / 2].r[e];
                 x *= scale;
-                if (bias_row != nullptr && key < keys.length) x = fmaf(bias_row[key], kLog2e, x);
+                if (bias != nullptr && key < keys.length) x = fmaf(bias[key], kLog2e, x);
                 x = exp2_approx(x - lse[m][half]) * (products[m][2 * n + j / 2].r[e] - delta[m][half]);
                 if (is_masked && (key < seen.begin[m][half] || key >= seen.end[m][half])) x = 0.f;
               }
@@ -402,13 +380,10 @@ __global__ void __launch_bounds__(PrefixBwdKeysTraits<T, HEAD_DIM>::kNumThreads)
     if (n_begin < n_end && warp_key < num_keys) {
       const int head = kv_head * group + step / num_tiles;
       float bias[2] = {};
-      if (source.bias != nullptr) {
+      if (const float* const of_keys = bias_of(source, keys, head)) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const int key = min(key0 + half * 8 + lane_idx / 4, static_cast<int>(keys.length) - 1);
-          bias[half] = static_cast<const float*>(
-                           source.bias)[keys.batch * source.bias_batch + head * source.bias_head + keys.begin + key] *
-                       kLog2e;
+          bias[half] = of_keys[min(key0 + half * 8 + lane_idx / 4, static_cast<int>(keys.length) - 1)] * kLog2e;
         }
       }
       FragC weights[1][2 * NUM_BLOCKS], products[1][2 * NUM_BLOCKS];

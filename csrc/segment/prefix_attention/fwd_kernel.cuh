@@ -5,7 +5,7 @@
 // A warp skips blocks of 16 keys that none of its rows sees. With splits, a CTA takes one of them and leaves o and lse
 // of its keys in the workspace, in float32.
 #pragma once
-#include "segment/prefix_attention/tile.cuh"
+#include "segment/prefix_attention/key_tiles.cuh"
 
 namespace remora {
 
@@ -123,36 +123,18 @@ __global__ void __launch_bounds__(PrefixFwdTraits<T, HEAD_DIM, kIsDecode>::kNumT
     const AttentionSpan keys = source.span(in.shape, rows.seq_idx);
     const Warp seen(in, source, keys, rows);
     const KeyRange range = range_of_cta<Traits::kConfig.num_warps>(seen.lowest, seen.highest, smem_range);
-    const int tiles = p.tiles_per_split[s];
-    const int first_tile = max(range.begin / BLOCK_N, split * tiles);
-    const int last_tile = min((range.end + BLOCK_N - 1) / BLOCK_N, (split + 1) * tiles);
-    const int64_t k_offset = source.k_stride.offset(keys.batch, keys.begin, rows.kv_head);
-    const int64_t v_offset = source.v_stride.offset(keys.batch, keys.begin, rows.kv_head);
-    const T *const k = static_cast<const T*>(source.k) + k_offset, *const v =
-                                                                       static_cast<const T*>(source.v) + v_offset;
-    const float* const bias = static_cast<const float*>(source.bias);
-
-    const auto load_keys = [&](int tile) {
-      if (tile < last_tile) {
-        const int first = tile * BLOCK_N, num_rows = range.end - first;
-        const uint32_t to = smem_kv + tile % kNumStages * 2 * Traits::TILE_SIZE;
-        const auto row = [&](const T* base, const AttentionStrides& stride) {
-          return [base, first, stride_token = stride.token](int i) { return base + (first + i) * stride_token; };
-        };
-        load_tile<T, BLOCK_N, HEAD_DIM, kNumThreads>(to, k, row(k, source.k_stride), num_rows, dims, p.is_aligned);
-        load_tile<T, BLOCK_N, HEAD_DIM, kNumThreads>(to + Traits::TILE_SIZE, v, row(v, source.v_stride), num_rows, dims,
-                                                     p.is_aligned);
-      }
-      cp_async_commit();
-    };
-    if (kNumStages == 2) load_keys(first_tile);
+    const int per_split = p.tiles_per_split[s];
+    const int first_tile = max(range.begin / BLOCK_N, split * per_split);
+    const int last_tile = min((range.end + BLOCK_N - 1) / BLOCK_N, (split + 1) * per_split);
+    const KeyTiles<T, Traits, HEAD_DIM> tiles(source, keys, rows.kv_head, range.end, dims, p.is_aligned, smem_kv);
+    if (kNumStages == 2) tiles.load(first_tile, last_tile);
 #pragma unroll 1
     for (int tile = first_tile; tile < last_tile; ++tile) {
-      load_keys(tile + kNumStages - 1);
+      tiles.load(tile + kNumStages - 1, last_tile);
       cp_async_wait<kNumStages - 1>();
       __syncthreads();
       const int first = tile * BLOCK_N, n_begin = seen.block_begin(first), n_end = seen.block_end(first);
-      const uint32_t smem_k = smem_kv + tile % kNumStages * 2 * Traits::TILE_SIZE, smem_v = smem_k + Traits::TILE_SIZE;
+      const uint32_t smem_k = tiles.keys(tile), smem_v = tiles.values(tile);
       if (n_begin < min(n_end, NUM_BLOCKS)) {
         FragC scores[M_TILES][2 * NUM_BLOCKS];
         multiply_rows<T, HEAD_DIM, M_TILES, NUM_BLOCKS>(scores, smem_q, warp_row, smem_k, n_begin, n_end);
@@ -162,11 +144,7 @@ __global__ void __launch_bounds__(PrefixFwdTraits<T, HEAD_DIM, kIsDecode>::kNumT
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             float after = largest[m][half];
-            const float* bias_row = nullptr;
-            if (bias != nullptr) {
-              bias_row = bias + keys.batch * source.bias_batch + rows.head(Warp::row_of(m, half)) * source.bias_head +
-                         keys.begin;
-            }
+            const float* const bias = bias_of(source, keys, rows.head(Warp::row_of(m, half)));
 #pragma unroll
             for (int n = 0; n < NUM_BLOCKS; ++n) {
               if (n < n_begin || n >= n_end) continue;
@@ -176,7 +154,7 @@ __global__ void __launch_bounds__(PrefixFwdTraits<T, HEAD_DIM, kIsDecode>::kNumT
                 float& x = scores[m][2 * n + j / 2].r[2 * half + j % 2];
                 const int key = first + n * 16 + j / 2 * 8 + lane_idx % 4 * 2 + j % 2;
                 x *= scale;
-                if (bias_row != nullptr && key < keys.length) x = fmaf(bias_row[key], kLog2e, x);
+                if (bias != nullptr && key < keys.length) x = fmaf(bias[key], kLog2e, x);
                 if (is_masked && (key < seen.begin[m][half] || key >= seen.end[m][half])) x = -kInfinity;
                 after = fmaxf(after, x);
               }

@@ -187,7 +187,11 @@ def count_cases(words: str) -> dict[str, Any]:
         kernels = count(run)
         figures = {kernel: derived(c, compulsory, useful) for kernel, c in kernels.items()}
         rows = [
-            [kernel.split("<")[0], int(kernels[kernel]["ctas"]), *(f"{of_kernel[column]:.2f}" for column in COLUMNS)]
+            [
+                kernel.split("<")[0].split("::")[-1],
+                int(kernels[kernel]["ctas"]),
+                *(f"{of_kernel[column]:.2f}" for column in COLUMNS),
+            ]
             for kernel, of_kernel in figures.items()
         ]
         counted[name] = figures

@@ -133,6 +133,7 @@ class Prefix:
         return {name: derived(c, compulsory, useful) for name, c in kernels.items()}
 
 
+COUNTED = (Prefix(1024, 4, 4, dtype=torch.bfloat16), Prefix(1024, 8, 2, dtype=torch.bfloat16))
 CASES: dict[str, Callable[[], dict[str, Run]]] = {
     f"prefix_attention {'fwd+bwd' if backward else 'fwd'} {name} {'scout' if own else 'prefix'}": (
         lambda own=own, dtype=dtype, backward=backward: Prefix(own=own, dtype=dtype).runs(backward)
@@ -166,11 +167,11 @@ def print_peak(case: str, name: str) -> None:
 def count_cases() -> dict[str, Any]:
     """Counters of shapes small enough to simulate."""
     counted = {}
-    for shape in (Prefix(1024, 4, 4, dtype=torch.bfloat16), Prefix(1024, 8, 2, dtype=torch.bfloat16)):
+    for shape in COUNTED:
         title = f"prefix_attention B=1 T={shape.T} H={shape.H} Hk={shape.Hk} D={shape.D} stride={shape.stride} bf16"
         counted[title] = {"bwd" if b else "fwd": shape.count(b) for b in (False, True)}
         rows = [
-            [direction, kernel.split("<")[0], *(f"{figures[name]:.2f}" for name in COLUMNS)]
+            [direction, kernel.split("<")[0].split("::")[-1], *(f"{figures[name]:.2f}" for name in COLUMNS)]
             for direction, kernels in counted[title].items()
             for kernel, figures in kernels.items()
         ]

@@ -14,7 +14,7 @@ import torch
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bench import cases, chunked_torch, counters, cpu, report, resources  # noqa: E402
+from bench import cases, chunked_torch, counters, cpu, prefix, report, resources  # noqa: E402
 from bench.cases import Case, Wrong  # noqa: E402
 from bench.peers import PEERS, Absent, Peer  # noqa: E402
 
@@ -181,6 +181,16 @@ def test_counters_are_flattened_and_summed():
     assert d["bank conflicts, % of wavefronts"] == 30
     assert d["tensor-core FLOP / useful"] == 2
     assert d["launches"] == 2
+
+
+@pytest.mark.sim_only
+@pytest.mark.parametrize("shape", prefix.COUNTED, ids=lambda shape: f"H{shape.H}-Hk{shape.Hk}")
+def test_work_of_prefix_attention(shape):
+    """Forward: hardly more than its bytes and its products."""
+    figures = shape.count(backward=False)["all"]
+    assert figures["touched / compulsory"] <= 1.5
+    assert figures["tensor-core FLOP / useful"] <= 1.25
+    assert figures["bank conflicts, % of wavefronts"] <= 10
 
 
 # ------------------------------------------------------------------------------------------------------- time model

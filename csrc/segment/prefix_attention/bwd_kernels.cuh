@@ -29,19 +29,18 @@ struct RowGradients {
 
 constexpr int kTokenThreads = 128;
 
-/// Grid: a warp a token and key head.
-template <typename T>
+/// Grid: a warp a token; key heads.
+template <typename T, int HEAD_DIM>
 __global__ void __launch_bounds__(kTokenThreads)
     prefix_attention_bwd_tokens_kernel(const __grid_constant__ PrefixBwdKernelParams p) {
-  constexpr int kPairs = kMaxHeadDim / 64;
+  constexpr int kPairs = HEAD_DIM / 64;
   const PrefixAttentionInputs& in = p.op.in;
   const AttentionShape& shape = in.shape;
   const int dims = static_cast<int>(shape.head_dim), group = static_cast<int>(shape.group());
   const int lane_idx = threadIdx.x % 32;
-  const int64_t index = int64_t{blockIdx.x} * (kTokenThreads / 32) + threadIdx.x / 32;
-  if (index >= shape.batch * shape.seqlen * shape.num_kv_heads) return;
-  const int64_t kv_head = index % shape.num_kv_heads, place = index / shape.num_kv_heads;
-  const int64_t batch = place / shape.seqlen, token = place % shape.seqlen;
+  const int64_t kv_head = blockIdx.y, place = int64_t{blockIdx.x} * (kTokenThreads / 32) + threadIdx.x / 32;
+  if (place >= shape.batch * shape.seqlen) return;
+  const int64_t batch = place / shape.seqlen, token = place - batch * shape.seqlen;
   const bool is_covered =
       in.cu_seqlens == nullptr || (token >= in.cu_seqlens[0] && token < in.cu_seqlens[shape.num_seqs]);
   const bool has_self = in.k_self != nullptr && is_covered;
@@ -88,7 +87,7 @@ __global__ void __launch_bounds__(kTokenThreads)
   }
   if (in.k_self == nullptr) return;
   const auto store_row = [&](void* data, const float2(&x)[kPairs]) {
-    T* const to = static_cast<T*>(data) + index * dims;
+    T* const to = static_cast<T*>(data) + (place * shape.num_kv_heads + kv_head) * dims;
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
       const int col = i * 64 + lane_idx * 2;

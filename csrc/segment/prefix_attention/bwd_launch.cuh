@@ -10,12 +10,12 @@ Error prefix_attention_bwd_of(const PrefixAttentionBwdParams& op, bool is_aligne
   const AttentionShape& shape = op.in.shape;
   PrefixBwdKernelParams p{.op = op, .is_aligned = is_aligned};
   AttentionLauncher launch(where);
-  const int64_t tokens = shape.batch * shape.seqlen * shape.num_kv_heads;
-  launch(prefix_attention_bwd_tokens_kernel<T>, (tokens + kTokenThreads / 32 - 1) / (kTokenThreads / 32), 1, 1,
-         kTokenThreads, 0, p);
-  if (op.dsink != nullptr) launch(prefix_attention_bwd_sink_kernel, shape.num_heads, 1, 1, kSinkThreads, 0, p);
+  constexpr int kTokens = kTokenThreads / 32;
   with_head_dim(shape.head_dim, [&](auto head_dim) {
     constexpr int HEAD_DIM = decltype(head_dim)::value;
+    launch(prefix_attention_bwd_tokens_kernel<T, HEAD_DIM>, (shape.batch * shape.seqlen + kTokens - 1) / kTokens,
+           shape.num_kv_heads, 1, kTokenThreads, 0, p);
+    if (op.dsink != nullptr) launch(prefix_attention_bwd_sink_kernel, shape.num_heads, 1, 1, kSinkThreads, 0, p);
     using Rows = PrefixBwdRowsTraits<T, HEAD_DIM>;
     launch(prefix_attention_bwd_rows_kernel<T, HEAD_DIM>, op.in.row_slots(Rows::BLOCK_M).count(), shape.num_kv_heads, 1,
            Rows::kNumThreads, Rows::SMEM_SIZE, p);

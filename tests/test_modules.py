@@ -7,7 +7,16 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from remora.modules import Cache, GatedDeltaNet, GatedRMSNorm, GroupedLinear, RMSNorm, ShortConvolution, SwiGLU
+from remora.modules import (
+    Cache,
+    GatedDeltaNet,
+    GatedRMSNorm,
+    GroupedLinear,
+    RMSNorm,
+    ShortConvolution,
+    SwiGLU,
+    grouped_linear,
+)
 
 D = 24
 SMALL = {"hidden_size": D, "head_dim": 8, "num_heads": 2, "expand_v": 2.0, "layer_idx": 0}
@@ -131,27 +140,45 @@ def test_swiglu():
 
 
 class TestGroupedLinear:
+    ORDER = torch.tensor([4, 2, 9, 11, 6, 5, 7, 8, 10, 0, 1, 3])  # three choices of four rows
+    ENDS = torch.tensor([2, 2, 5, 9, 11], dtype=torch.int32)  # the last choice is of no group
+
+    @pytest.fixture(params=["by group", "grouped product"])
+    def path(self, request, monkeypatch):
+        """Both ways, the one of CUDA on the CPU."""
+        if request.param == "grouped product":
+            monkeypatch.setattr(grouped_linear, "_takes_grouped_product", lambda x: x.dtype != torch.float64)
+
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-    @pytest.mark.parametrize("sizes", [(24, 40), (5, 7)], ids=str)
-    def test_is_one_linear_map_per_group(self, dtype, sizes):
-        layer = GroupedLinear(4, *sizes).to(dtype)
-        lengths = [3, 0, 5, 1]
-        x = torch.randn(9, sizes[0], dtype=dtype, requires_grad=True)
-        y = layer(x, torch.tensor(lengths).cumsum(0).int())
-        expected = torch.cat([part @ layer.weight[g].mT for g, part in enumerate(x.split(lengths))])
+    @pytest.mark.parametrize("sizes", [(24, [32, 8]), (5, [3, 4])], ids=str)
+    @pytest.mark.parametrize("whole", [False, True], ids=["", "a group of all rows"])
+    def test_is_one_linear_map_per_choice(self, path, dtype, sizes, whole):
+        order, ends = self.ORDER, self.ENDS
+        if whole:
+            order, ends = torch.tensor([2, 1, 4, 5, 6, 7, 0, 3]), torch.tensor([0, 2, 6, 6, 8], dtype=torch.int32)
+        layer = GroupedLinear(5, sizes[0], sum(sizes[1])).to(dtype)
+        x = torch.randn(4, sizes[0], dtype=dtype, requires_grad=True)
+        y = torch.cat(layer(x, order, ends, sizes[1]), dim=-1)
+        group = torch.searchsorted(ends.long(), torch.arange(len(order)), right=True)[order.argsort()].view(-1, 4)
+        is_chosen = (group < 5)[..., None]
+        every = torch.einsum("gof,rf->gro", layer.weight, x)
+        expected = every[group.clamp(max=4), torch.arange(4)]
         tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {}
+        y, expected = y.masked_fill(~is_chosen, 0), expected.masked_fill(~is_chosen, 0)
         torch.testing.assert_close(y, expected, **tolerance)
         d_y = torch.randn_like(y)
         leaves = [x, layer.weight]
         ours = torch.autograd.grad(y, leaves, d_y)
         torch.testing.assert_close(ours, torch.autograd.grad(expected, leaves, d_y), **tolerance)
-        assert torch.equal(ours[1][1], torch.zeros_like(ours[1][1]))
+        empty = 1 if not whole else 0
+        assert torch.equal(ours[1][empty], torch.zeros_like(ours[1][empty]))
 
     def test_compiles_to_one_graph(self):
-        layer = GroupedLinear(3, 8, 16)
+        layer = GroupedLinear(5, 8, 16)
         compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-        x, ends = torch.randn(9, 8, requires_grad=True), torch.tensor([4, 4, 9], dtype=torch.int32)
-        y, expected = compiled(x, ends), layer(x, ends)
+        x = torch.randn(4, 8, requires_grad=True)
+        call = (x, self.ORDER, self.ENDS, [10, 6])
+        y, expected = (torch.cat(f(*call), dim=-1) for f in (compiled, layer))
         torch.testing.assert_close(y, expected)
         leaves = [x, layer.weight]
         ours, theirs = (torch.autograd.grad(z, leaves, torch.ones_like(z)) for z in (y, expected))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,9 +14,11 @@ ROW_MULTIPLE = 8
 
 
 class GroupedLinear(nn.Module):
-    """`y[r] = weight[group(r)] x[r]` for rows sorted by group, in one grouped matrix product.
+    """`y[j, r] = weight[group(j, r)] x[r]`: every row takes several linear maps, which it chooses.
 
-    The sizes of the groups stay on the device. A group may be empty; its weight then gets a zero gradient.
+    On CUDA the sizes of the groups stay on the device, and all maps are one grouped matrix product. On the CPU it is a
+    product for each group, and a group of all rows is neither gathered nor scattered. The sums over the choices of a
+    row run in order of the groups. A group may be empty; its weight then gets a zero gradient.
 
     Args:
         num_groups: `G`, the number of linear maps.
@@ -40,63 +43,123 @@ class GroupedLinear(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.num_groups}, {self.in_features}, {self.out_features}"
 
-    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+    def forward(self, x: Tensor, order: Tensor, ends: Tensor, sizes: list[int]) -> list[Tensor]:
         """Apply the maps.
 
         Args:
-            x: `[R, in_features]`, sorted by group.
-            ends: `[G]` int32, nondecreasing: group `g` is the rows from `ends[g - 1]` (0 for the first) to `ends[g]`;
-                the last is `R`.
+            x: `[R, in_features]`.
+            order: `[J * R]` int64, the choices `j * R + r` sorted by group, those of no group last. The rows of a group
+                are distinct.
+            ends: `[G]` int32, nondecreasing: group `g` is `order` from `ends[g - 1]` (0 for the first) to `ends[g]`.
+            sizes: how many of the `out_features` stand in each output.
 
         Returns:
-            `[R, out_features]` in the dtype of `x`.
+            For each size a tensor `[J, R, size]` in the dtype of `x`. A choice of no group gives finite numbers, whose
+            gradient must be zero.
         """
-        weight = self.weight.to(x.dtype)
-        if x.dtype == torch.float64 or x.shape[0] == 0:
-            return self._by_choice(x, weight, ends)
-        padding = [-size % ROW_MULTIPLE for size in (self.in_features, self.out_features)]
-        if any(padding):
-            weight = F.pad(weight, (0, padding[0], 0, padding[1]))
-            x = F.pad(x, (0, padding[0]))
-        y: Tensor = _grouped_linear(x, weight, ends)
-        return y[:, : self.out_features] if padding[1] else y
-
-    def _by_choice(self, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-        """The same for float64, which torch's grouped product does not take: every map on every row, then a choice."""
-        row = torch.arange(x.shape[0], device=x.device)
-        group = torch.searchsorted(ends.long(), row, right=True).clamp(max=self.num_groups - 1)
-        return torch.einsum("gof,rf->rgo", weight, x)[row, group]
+        y: list[Tensor] = _grouped_linear(x, self.weight.to(x.dtype), order, ends, sizes)
+        return y
 
 
-# An operator of its own because torch's fake kernel of the grouped product refuses float32, which its real ones take.
+def _takes_grouped_product(x: Tensor) -> bool:
+    return x.is_cuda and x.dtype != torch.float64 and x.shape[0] > 0
+
+
+def _groups(order: Tensor, ends: Tensor, num_rows: int) -> Iterator[tuple[int, Tensor | slice, Tensor | slice]]:
+    """Groups that are not empty, their choices and their rows: slices for choice j of every row."""
+    begin = 0
+    for group, end in enumerate(ends.tolist()):
+        choices = order[begin:end]
+        if end - begin == num_rows and bool((choices.diff() == 1).all()) and int(choices[0]) % num_rows == 0:
+            yield group, slice(int(choices[0]), int(choices[0]) + num_rows), slice(None)
+        elif end > begin:
+            yield group, choices, choices % num_rows
+        begin = end
+
+
+def _padded(x: Tensor) -> Tensor:
+    """With rows that torch's grouped product takes."""
+    padding = -x.shape[-1] % ROW_MULTIPLE
+    return F.pad(x, (0, padding)) if padding else x
+
+
+def _all_ends(order: Tensor, ends: Tensor) -> Tensor:
+    """The last map takes the choices of no group, too; nothing reads what it makes of them."""
+    is_last = torch.arange(ends.shape[0], device=ends.device) == ends.shape[0] - 1
+    return torch.where(is_last, order.shape[0], ends).int()
+
+
+def _inverse(order: Tensor) -> Tensor:
+    return torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
+
+
+# Operators of their own because their sizes depend on data, on the CPU, and because torch's fake kernel of the grouped
+# product refuses float32, which its real ones take.
 @torch.library.custom_op("remora_modules::grouped_linear", mutates_args=())
-def _grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    return F.grouped_mm(x, weight.mT, offs=ends)
+def _grouped_linear(x: Tensor, weight: Tensor, order: Tensor, ends: Tensor, sizes: list[int]) -> list[Tensor]:
+    num_rows, num_choices = x.shape[0], order.shape[0] // max(1, x.shape[0])
+    if _takes_grouped_product(x):
+        maps = _padded(F.pad(weight, (0, 0, 0, -weight.shape[1] % ROW_MULTIPLE)))
+        products = F.grouped_mm(_padded(x[order % num_rows]), maps.mT, offs=_all_ends(order, ends))
+        inverse = _inverse(order).view(num_choices, num_rows)
+        return [part[inverse] for part in products[:, : weight.shape[1]].split(sizes, dim=1)]
+    outputs = [x.new_empty(order.shape[0], size) for size in sizes]
+    for group, choices, rows in _groups(order, ends, num_rows):
+        products = x[rows] @ weight[group].mT
+        for y, part in zip(outputs, products.split(sizes, dim=1), strict=True):
+            y[choices] = part
+    for y in outputs:
+        y[order[int(ends[-1]) :]] = 0
+    return [y.view(num_choices, num_rows, -1) for y in outputs]
 
 
 @torch.library.custom_op("remora_modules::grouped_linear_bwd", mutates_args=())
-def _grouped_linear_bwd(x: Tensor, weight: Tensor, ends: Tensor, d_y: Tensor) -> tuple[Tensor, Tensor]:
-    d_y = d_y.contiguous()
-    return F.grouped_mm(d_y, weight, offs=ends), F.grouped_mm(d_y.mT, x, offs=ends)
+def _grouped_linear_bwd(
+    x: Tensor, weight: Tensor, order: Tensor, ends: Tensor, d_outputs: list[Tensor]
+) -> tuple[Tensor, Tensor]:
+    num_rows = x.shape[0]
+    if _takes_grouped_product(x):
+        maps = _padded(F.pad(weight, (0, 0, 0, -weight.shape[1] % ROW_MULTIPLE)))
+        offs = _all_ends(order, ends)
+        d_products = _padded(torch.cat([d_y.flatten(0, 1)[order] for d_y in d_outputs], dim=1))
+        d_x = F.grouped_mm(d_products, maps, offs=offs)[:, : x.shape[1]]
+        d_maps = F.grouped_mm(d_products.mT, _padded(x[order % num_rows]), offs=offs)
+        d_x = d_x[_inverse(order)].view(-1, *x.shape).sum(0)
+        return d_x, d_maps[:, : weight.shape[1], : weight.shape[2]].contiguous()
+    d_x = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
+    d_weight = torch.zeros_like(weight)
+    for group, choices, rows in _groups(order, ends, num_rows):
+        d_products = torch.cat([d_y.flatten(0, 1)[choices] for d_y in d_outputs], dim=1)
+        torch.mm(d_products.mT, x[rows], out=d_weight[group])
+        d_x[rows] += d_products @ weight[group]
+    return d_x.to(x.dtype), d_weight
 
 
 @_grouped_linear.register_fake
-def _(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[1])
+def _(x: Tensor, weight: Tensor, order: Tensor, ends: Tensor, sizes: list[int]) -> list[Tensor]:
+    num_choices = order.shape[0] // x.shape[0] if x.shape[0] else 0
+    return [x.new_empty(num_choices, x.shape[0], size) for size in sizes]
 
 
 @_grouped_linear_bwd.register_fake
-def _(x: Tensor, weight: Tensor, ends: Tensor, d_y: Tensor) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, weight: Tensor, order: Tensor, ends: Tensor, d_outputs: list[Tensor]) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(weight)
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor, list[int]], output: list[Tensor]) -> None:
+    x, weight, order, ends, ctx.sizes = inputs
+    ctx.save_for_backward(x, weight, order, ends)
 
 
-def _backward(ctx: Any, d_y: Tensor) -> tuple[Tensor, Tensor, None]:
-    d_x, d_weight = _grouped_linear_bwd(*ctx.saved_tensors, d_y)
-    return d_x, d_weight, None
+def _backward(ctx: Any, d_outputs: list[Tensor | None]) -> tuple[Tensor | None, ...]:
+    x, weight, order, ends = ctx.saved_tensors
+    num_choices = order.shape[0] // max(1, x.shape[0])
+    d_outputs = [
+        x.new_zeros(num_choices, x.shape[0], size) if d_y is None else d_y
+        for d_y, size in zip(d_outputs, ctx.sizes, strict=True)
+    ]
+    d_x, d_weight = _grouped_linear_bwd(x, weight, order, ends, d_outputs)
+    return d_x, d_weight, None, None, None
 
 
 _grouped_linear.register_autograd(_backward, setup_context=_save)

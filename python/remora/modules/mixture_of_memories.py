@@ -67,20 +67,6 @@ class _Projected(NamedTuple):
     ends: Tensor
 
 
-class _Permute(torch.autograd.Function):
-    """`x[order]` for a permutation of the rows. Its gradient is a permutation, too, so no sum depends on an order."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse)
-        return x[order]
-
-    @staticmethod
-    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor, None, None]:
-        (inverse,) = ctx.saved_tensors
-        return d_y[inverse], None, None
-
-
 class MixtureOfMemories(nn.Module):
     """Token mixer with several memories, of which every token reads and writes the `topk` that a router picks for it.
 
@@ -285,16 +271,13 @@ class MixtureOfMemories(nn.Module):
         order = order % num_choices * num_tokens + order // num_choices
         slots = torch.arange(self.num_slots, device=x.device)
         ends = torch.searchsorted(sorted_memories, slots, right=True, out_int32=True)
+        sizes = [self.key_dim, self.value_dim, sum(self.projected_sizes[2:])]
         if self.single_kv_proj:
-            y = F.linear(x, self.memory_proj.weight[0]).expand(num_choices, -1, -1)
+            parts = F.linear(x, self.memory_proj.weight[0]).split(sizes, dim=-1)
+            k, v, gates = (y.expand(num_choices, -1, -1) for y in parts)
         else:
-            inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=x.device))
-            copies = x.to(q.dtype).expand(num_choices, -1, -1).flatten(0, 1)
-            # Choices of no memory stand at the end; the last map takes them, and nothing reads what it makes of them.
-            all_rows = torch.where(slots == self.num_slots - 1, order.shape[0], ends).int()
-            y = self.memory_proj(_Permute.apply(copies, order, inverse), all_rows)
-            y = _Permute.apply(y, inverse, order).unflatten(0, (num_choices, num_tokens))
-        k, v, a, *b = y.split(self.projected_sizes, dim=-1)
+            k, v, gates = self.memory_proj(x.to(q.dtype), order, ends, sizes)
+        a, *b = gates.split(self.num_heads, dim=-1)
         g = -self.A_log.float().exp() * F.softplus(a.float() + self.dt_bias.float())
         beta = b[0].float().sigmoid() if b else None
         return _Projected(q.expand(num_choices, -1, -1), k, v, g, beta, memories, order, ends)

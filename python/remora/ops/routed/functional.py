@@ -197,7 +197,7 @@ def _by_choice(x: Tensor, name: str, dims: int, B: int, T: int, J: int) -> Tenso
                          f"{dims} or {dims + 1} dimensions, got {list(x.shape)}")  # fmt: skip
     if x.dim() == dims:
         return x.reshape(B * T, *x.shape[2:]).expand(J, B * T, *x.shape[2:])
-    return x.movedim(2, 0).flatten(1, 2) if x.is_contiguous() else x.contiguous().movedim(2, 0).flatten(1, 2)
+    return x.movedim(2, 0).flatten(1, 2)
 
 
 def _check_choices(weights: Tensor, indices: Tensor) -> None:

@@ -216,6 +216,27 @@ def test_rows_out_of_range_are_clamped(kernels):
     y.sum().backward()
 
 
+@pytest.mark.parametrize("is_routed", [False, True], ids=["packed", "routed"])
+@pytest.mark.parametrize(
+    "offsets", [[5, 2**31 - 1, -7, 3], [30, 20, 10, 0], [0, 25, 10, 28], [-9, -5, -1, -3]], ids=str
+)
+def test_falling_offsets_are_raised_to_the_largest_before_them(kernels, offsets, is_routed):
+    """The operators below the checks: sequences neither overlap nor leave the tensor, whatever the offsets say."""
+    tensors = make(1, 40, 8, 4, num_seqs=3)
+    rows = torch.randperm(40, generator=torch.Generator().manual_seed(0)).int() if is_routed else None
+    d_y, d_final = torch.randn(1, 40, 8), torch.randn(3, 3, 8)
+    arguments = [None if t is None else t.detach() for t in tensors.values()]
+
+    def run(bounds):
+        where = (torch.tensor(bounds, dtype=torch.int32), rows)
+        forward = torch.ops.remora.causal_conv1d_fwd(*arguments, *where, True, True)
+        return [*forward, *torch.ops.remora.causal_conv1d_bwd(*arguments, *where, d_y, d_final, True)]
+
+    raised = torch.tensor(offsets).cummax(0).values.clamp(0, 40).tolist()
+    for have, want in zip(run(offsets), run(raised), strict=True):
+        assert torch.equal(have, want)
+
+
 def test_the_module_is_the_operator(kernels):
     module = ShortConvolution(24, 4, bias=True)
     x = torch.randn(2, 9, 24)

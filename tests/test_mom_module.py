@@ -274,6 +274,24 @@ def test_a_decode_step_is_four_launches(num_memories):
     assert sum(kernel["launches"] for kernel in sim.stats().values()) == 4
 
 
+@pytest.mark.sim_only
+@pytest.mark.parametrize("mixer", ["gated_delta_rule", "simple_gla"])
+def test_launches_of_the_layer_do_not_depend_on_the_number_of_memories(mixer):
+    from remora.testing import sim
+
+    counts = []
+    for num_memories in (2, 7):
+        layer = make(num_memories=num_memories, mixer=mixer)
+        x = torch.randn(2, 20, D, requires_grad=True)
+        sim.reset_stats()
+        y = layer(x).square().sum() + layer.routing.balance_loss + layer.routing.z_loss
+        forward = sum(kernel["launches"] for kernel in sim.stats().values())
+        sim.reset_stats()
+        torch.autograd.grad(y, [x, *layer.parameters()])
+        counts.append((forward, sum(kernel["launches"] for kernel in sim.stats().values())))
+    assert counts[0] == counts[1]
+
+
 def test_under_autocast():
     layer = make()
     x = torch.randn(2, 6, D)

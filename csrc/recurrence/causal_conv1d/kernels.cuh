@@ -12,8 +12,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "common/reduce.cuh"
 #include "recurrence/causal_conv1d/params.h"
+#include "recurrence/sequence.cuh"
 
 namespace remora {
 
@@ -24,38 +24,30 @@ constexpr int kConvBlockTokens = 64;
 constexpr int kConvReduceChannels = 32;
 constexpr int kConvReduceParts = 8;
 
-/// Packed positions [begin, end) of a sequence, within [0, B * T) whatever cu_seqlens says.
+/// Packed positions [begin, end) of a sequence.
 struct PackedRange {
   int64_t begin, end;
 };
 
+/// Asked by whole warps.
 __device__ __forceinline__ PackedRange packed_range(const RecurrenceShape& shape, const int32_t* cu_seqlens,
                                                     int64_t seq_idx) {
-  if (cu_seqlens == nullptr) return {seq_idx * shape.seqlen, (seq_idx + 1) * shape.seqlen};
-  const int64_t total = shape.batch * shape.seqlen;
-  const int64_t begin = min(max(int64_t{cu_seqlens[seq_idx]}, int64_t{0}), total);
-  return {begin, min(max(int64_t{cu_seqlens[seq_idx + 1]}, begin), total)};
+  const Sequence seq = find_sequence(shape, cu_seqlens, seq_idx);
+  return {seq.first_token, seq.first_token + seq.num_tokens};
 }
 
-/// The last sequence that begins at or before the position.
+/// Of sequence `seq_idx`, from that of the one before it.
+__device__ __forceinline__ PackedRange next_range(const RecurrenceShape& shape, const int32_t* cu_seqlens,
+                                                  int64_t seq_idx, const PackedRange& before) {
+  if (cu_seqlens == nullptr) return {before.end, before.end + shape.seqlen};
+  return {before.end, max(before.end, min(int64_t{cu_seqlens[seq_idx + 1]}, shape.batch * shape.seqlen))};
+}
+
+/// The last sequence that begins at or before the position. Asked by whole warps.
 __device__ __forceinline__ int64_t sequence_of(const RecurrenceShape& shape, const int32_t* cu_seqlens,
                                                int64_t position) {
   if (cu_seqlens == nullptr) return position / shape.seqlen;
-  int64_t low = 0, high = shape.num_seqs - 1;
-  while (low < high) {
-    const int64_t middle = (low + high + 1) / 2;
-    if (packed_range(shape, cu_seqlens, middle).begin <= position) {
-      low = middle;
-    } else {
-      high = middle - 1;
-    }
-  }
-  return low;
-}
-
-__device__ __forceinline__ int64_t packed_row(const RecurrenceShape& shape, const int32_t* rows, int64_t position) {
-  if (rows == nullptr) return position;
-  return min(max(int64_t{rows[position]}, int64_t{0}), shape.batch * shape.seqlen - 1);
+  return find_owner(shape, cu_seqlens, position, [](const Sequence& seq, int64_t) { return seq.first_token; });
 }
 
 /// Four channels of a row, `num_valid` of them in the tensor.
@@ -141,9 +133,9 @@ struct ConvThread {
 
   template <typename Params>
   __device__ __forceinline__ ConvVector load_input(const Params& p, int64_t position) const {
-    const int64_t row = packed_row(p.shape.sequences, p.rows, position), seqlen = p.shape.sequences.seqlen;
-    const T* src = static_cast<const T*>(p.x) + row / seqlen * p.x_stride.batch + row % seqlen * p.x_stride.token;
-    return load_channels(src + channel, num_valid, is_aligned);
+    const TokenRow at = row_at(p.shape.sequences, p.rows, position);
+    const T* src = static_cast<const T*>(p.x) + at.batch * p.x_stride.batch + at.token * p.x_stride.token + channel;
+    return load_channels(src, num_valid, is_aligned);
   }
 
   /// The W - 1 inputs in front of `position`; those before the sequence come from its initial state, if it has one.
@@ -205,17 +197,17 @@ __global__ void __launch_bounds__(kConvThreads)
   const int64_t last = min(first + kConvBlockTokens, sequences.batch * sequences.seqlen);
   ConvThread<T, WIDTH> thread;
   thread.load_filter(p, (block % num_channel_blocks * kConvThreads + threadIdx.x) * kConvVector, is_aligned);
-  if (thread.num_valid == 0) return;
-
   int64_t seq_idx = sequence_of(sequences, p.cu_seqlens, first);
   PackedRange range = packed_range(sequences, p.cu_seqlens, seq_idx);
+  if (thread.num_valid == 0) return;
+
   bool is_loaded = false;
   for (int64_t position = first; position < last; ++position) {
     while (position >= range.end && seq_idx + 1 < sequences.num_seqs) {
-      range = packed_range(sequences, p.cu_seqlens, ++seq_idx);
+      range = next_range(sequences, p.cu_seqlens, ++seq_idx, range);
       is_loaded = false;
     }
-    T* dst = static_cast<T*>(p.y) + packed_row(sequences, p.rows, position) * p.shape.num_channels + thread.channel;
+    T* dst = static_cast<T*>(p.y) + row_at(sequences, p.rows, position).row * p.shape.num_channels + thread.channel;
     if (position < range.begin || position >= range.end) {
       store_channels(dst, ConvVector{}, thread.num_valid, is_aligned);
       continue;
@@ -254,7 +246,7 @@ __global__ void __launch_bounds__(kConvThreads)
 template <typename T, int WIDTH>
 __device__ __forceinline__ ConvVector sum_gradient(const CausalConv1dBwdParams& p, const ConvThread<T, WIDTH>& thread,
                                                    int64_t position) {
-  const T* src = static_cast<const T*>(p.d_y) + packed_row(p.shape.sequences, p.rows, position) * p.shape.num_channels +
+  const T* src = static_cast<const T*>(p.d_y) + row_at(p.shape.sequences, p.rows, position).row * p.shape.num_channels +
                  thread.channel;
   ConvVector gradient = load_channels(src, thread.num_valid, thread.is_aligned);
   if (p.use_silu) {
@@ -280,17 +272,17 @@ __global__ void __launch_bounds__(kConvThreads, WIDTH <= 4 ? 3 : 2)
   const int64_t last = min(first + kConvBlockTokens, sequences.batch * sequences.seqlen);
   ConvThread<T, WIDTH> thread;
   thread.load_filter(p, (blockIdx.x % num_channel_blocks * kConvThreads + threadIdx.x) * kConvVector, is_aligned);
+  int64_t seq_idx = sequence_of(sequences, p.cu_seqlens, first);
+  PackedRange range = packed_range(sequences, p.cu_seqlens, seq_idx);
   if (thread.num_valid == 0) return;
   ConvVector dweight[WIDTH] = {}, dbias = {};
   const auto dx_at = [&](int64_t position) {
-    return static_cast<T*>(p.dx) + packed_row(sequences, p.rows, position) * p.shape.num_channels + thread.channel;
+    return static_cast<T*>(p.dx) + row_at(sequences, p.rows, position).row * p.shape.num_channels + thread.channel;
   };
 
-  int64_t seq_idx = sequence_of(sequences, p.cu_seqlens, first);
-  PackedRange range = packed_range(sequences, p.cu_seqlens, seq_idx);
   for (int64_t begin = first; begin < last;) {
     while (begin >= range.end && seq_idx + 1 < sequences.num_seqs) {
-      range = packed_range(sequences, p.cu_seqlens, ++seq_idx);
+      range = next_range(sequences, p.cu_seqlens, ++seq_idx, range);
     }
     if (begin < range.begin || begin >= range.end) {
       store_channels(dx_at(begin++), ConvVector{}, thread.num_valid, is_aligned);
@@ -426,18 +418,16 @@ __global__ void __launch_bounds__(kConvThreads)
   const RecurrenceShape& sequences = p.shape.sequences;
   const int tail = p.shape.width - 1;
   const int64_t seq_idx = blockIdx.x / num_channel_blocks;
-  const int64_t token = p.memories != nullptr ? seq_idx % sequences.seqlen : seq_idx;
-  const int64_t pool = p.state_indices != nullptr ? p.state_indices[token] : token;
-  const int64_t memory = p.memories != nullptr ? p.memories[seq_idx] : 0;
+  const int64_t slot = step_slot(sequences, p.state_indices, p.memories, p.num_memories, p.num_slots, seq_idx);
   ConvThread<T, kConvMaxWidth> thread;
   thread.load_filter(p, (blockIdx.x % num_channel_blocks * kConvThreads + threadIdx.x) * kConvVector, is_aligned);
   if (thread.num_valid == 0) return;
   T* y = static_cast<T*>(p.y) + seq_idx * p.shape.num_channels + thread.channel;
-  if (pool < 0 || pool >= p.num_slots / p.num_memories || memory < 0 || memory >= p.num_memories) {
+  if (slot < 0) {
     store_channels(y, ConvVector{}, thread.num_valid, is_aligned);
     return;
   }
-  T* state = static_cast<T*>(p.state) + (pool * p.num_memories + memory) * tail * p.shape.num_channels + thread.channel;
+  T* state = static_cast<T*>(p.state) + slot * tail * p.shape.num_channels + thread.channel;
   const T* x = static_cast<const T*>(p.x) + seq_idx / sequences.seqlen * p.x_stride.batch +
                seq_idx % sequences.seqlen * p.x_stride.token + thread.channel;
 #pragma unroll

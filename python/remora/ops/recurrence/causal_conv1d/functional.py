@@ -94,7 +94,8 @@ def causal_conv1d(
             N = B, or the number of sequences in `cu_seqlens`.
         output_final_state: whether to return the last W - 1 inputs of each sequence, with which to continue it.
         cu_seqlens: [N + 1] int32 or int64 offsets of sequences packed along T (B = 1), as in
-            `chunk_gated_delta_rule`; with `rows`, offsets into its B * T positions.
+            `chunk_gated_delta_rule`; with `rows`, offsets into its B * T positions, clamped to them and raised to the
+            largest before them.
         rows: [B * T] int32, a permutation of the rows b * T + t of x: sequence n is the rows
             rows[cu_seqlens[n]] ... rows[cu_seqlens[n + 1] - 1] in this order (see `route_plan`). Rows of no sequence
             give zero. Indices out of range are clamped.

@@ -54,7 +54,7 @@ class GroupedLinear(nn.Module):
             sizes: how many of the `out_features` stand in each output.
 
         Returns:
-            For each size a tensor `[J, R, size]` in the dtype of `x`. A choice of no group gives finite numbers, whose
+            For each size a tensor `[J * R, size]` in the dtype of `x`. A choice of no group gives finite numbers, whose
             gradient must be zero.
         """
         y: list[Tensor] = _grouped_linear(x, self.weight.to(x.dtype), order, ends, sizes)
@@ -66,13 +66,13 @@ def _takes_grouped_product(x: Tensor) -> bool:
 
 
 def _groups(order: Tensor, ends: Tensor, num_rows: int) -> Iterator[tuple[int, Tensor | slice, Tensor | slice]]:
-    """Groups that are not empty, their choices and their rows: slices for choice j of every row."""
+    """The groups, their choices and their rows: slices for choice j of every row."""
     begin = 0
     for group, end in enumerate(ends.tolist()):
         choices = order[begin:end]
-        if end - begin == num_rows and bool((choices.diff() == 1).all()) and int(choices[0]) % num_rows == 0:
+        if end - begin == num_rows > 0 and bool((choices.diff() == 1).all()) and int(choices[0]) % num_rows == 0:
             yield group, slice(int(choices[0]), int(choices[0]) + num_rows), slice(None)
-        elif end > begin:
+        else:
             yield group, choices, choices % num_rows
         begin = end
 
@@ -97,11 +97,11 @@ def _inverse(order: Tensor) -> Tensor:
 # product refuses float32, which its real ones take.
 @torch.library.custom_op("remora_modules::grouped_linear", mutates_args=())
 def _grouped_linear(x: Tensor, weight: Tensor, order: Tensor, ends: Tensor, sizes: list[int]) -> list[Tensor]:
-    num_rows, num_choices = x.shape[0], order.shape[0] // max(1, x.shape[0])
+    num_rows = x.shape[0]
     if _takes_grouped_product(x):
         maps = _padded(F.pad(weight, (0, 0, 0, -weight.shape[1] % ROW_MULTIPLE)))
         products = F.grouped_mm(_padded(x[order % num_rows]), maps.mT, offs=_all_ends(order, ends))
-        inverse = _inverse(order).view(num_choices, num_rows)
+        inverse = _inverse(order)
         return [part[inverse] for part in products[:, : weight.shape[1]].split(sizes, dim=1)]
     outputs = [x.new_empty(order.shape[0], size) for size in sizes]
     for group, choices, rows in _groups(order, ends, num_rows):
@@ -110,7 +110,7 @@ def _grouped_linear(x: Tensor, weight: Tensor, order: Tensor, ends: Tensor, size
             y[choices] = part
     for y in outputs:
         y[order[int(ends[-1]) :]] = 0
-    return [y.view(num_choices, num_rows, -1) for y in outputs]
+    return outputs
 
 
 @torch.library.custom_op("remora_modules::grouped_linear_bwd", mutates_args=())
@@ -121,15 +121,15 @@ def _grouped_linear_bwd(
     if _takes_grouped_product(x):
         maps = _padded(F.pad(weight, (0, 0, 0, -weight.shape[1] % ROW_MULTIPLE)))
         offs = _all_ends(order, ends)
-        d_products = _padded(torch.cat([d_y.flatten(0, 1)[order] for d_y in d_outputs], dim=1))
+        d_products = _padded(torch.cat([d_y[order] for d_y in d_outputs], dim=1))
         d_x = F.grouped_mm(d_products, maps, offs=offs)[:, : x.shape[1]]
         d_maps = F.grouped_mm(d_products.mT, _padded(x[order % num_rows]), offs=offs)
         d_x = d_x[_inverse(order)].view(-1, *x.shape).sum(0)
         return d_x, d_maps[:, : weight.shape[1], : weight.shape[2]].contiguous()
     d_x = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
-    d_weight = torch.zeros_like(weight)
+    d_weight = torch.empty_like(weight)
     for group, choices, rows in _groups(order, ends, num_rows):
-        d_products = torch.cat([d_y.flatten(0, 1)[choices] for d_y in d_outputs], dim=1)
+        d_products = torch.cat([d_y[choices] for d_y in d_outputs], dim=1)
         torch.mm(d_products.mT, x[rows], out=d_weight[group])
         d_x[rows] += d_products @ weight[group]
     return d_x.to(x.dtype), d_weight
@@ -137,8 +137,7 @@ def _grouped_linear_bwd(
 
 @_grouped_linear.register_fake
 def _(x: Tensor, weight: Tensor, order: Tensor, ends: Tensor, sizes: list[int]) -> list[Tensor]:
-    num_choices = order.shape[0] // x.shape[0] if x.shape[0] else 0
-    return [x.new_empty(num_choices, x.shape[0], size) for size in sizes]
+    return [x.new_empty(order.shape[0], size) for size in sizes]
 
 
 @_grouped_linear_bwd.register_fake
@@ -153,9 +152,8 @@ def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor, list[int]], ou
 
 def _backward(ctx: Any, d_outputs: list[Tensor | None]) -> tuple[Tensor | None, ...]:
     x, weight, order, ends = ctx.saved_tensors
-    num_choices = order.shape[0] // max(1, x.shape[0])
     d_outputs = [
-        x.new_zeros(num_choices, x.shape[0], size) if d_y is None else d_y
+        x.new_zeros(order.shape[0], size) if d_y is None else d_y
         for d_y, size in zip(d_outputs, ctx.sizes, strict=True)
     ]
     d_x, d_weight = _grouped_linear_bwd(x, weight, order, ends, d_outputs)

@@ -276,7 +276,8 @@ class MixtureOfMemories(nn.Module):
             parts = F.linear(x, self.memory_proj.weight[0]).split(sizes, dim=-1)
             k, v, gates = (y.expand(num_choices, -1, -1) for y in parts)
         else:
-            k, v, gates = self.memory_proj(x.to(q.dtype), order, ends, sizes)
+            parts = self.memory_proj(x.to(q.dtype), order, ends, sizes)
+            k, v, gates = (y.unflatten(0, (num_choices, num_tokens)) for y in parts)
         a, *b = gates.split(self.num_heads, dim=-1)
         g = -self.A_log.float().exp() * F.softplus(a.float() + self.dt_bias.float())
         beta = b[0].float().sigmoid() if b else None

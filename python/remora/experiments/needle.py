@@ -64,13 +64,13 @@ class NeedleConfig:
     window: int = 8
     seq_len: int = 64
     num_fillers: int = 32
-    num_needles: int = 8
+    num_needles: int = 16
     steps: int = 800
     batch_size: int = 32
-    questions: float = 0.8
+    questions: float = 0.2
     eval_sequences: int = 128
     bins: int = 8
-    learning_rate: float = 2e-3
+    learning_rate: float = 4e-3
     warmup_steps: int = 50
     weight_decay: float = 0.1
     grad_clip: float = 1.0

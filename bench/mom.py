@@ -1,7 +1,8 @@
 """A Mixture-of-Memories layer on the CPU beside the same layer composed from torch operators and the recurrences
-installed here; and a router that sends every token to the same memories beside one that balances them. All in one
-process, interleaved; nothing is timed before it has been found right. With --counters, work of the CUDA kernels in the
-simulator instead: the routed recurrence beside the plain one over as many rows.
+installed here, and beside its matrix products alone; and a router that sends every token to the same memories beside
+one that balances them. All in one process, interleaved; nothing is timed before it has been found right. With
+--counters, work of the CUDA kernels in the simulator instead: the routed recurrence beside the plain one over as many
+rows.
 """
 
 import argparse
@@ -244,7 +245,6 @@ def measure(cases: list[Case], budget: float) -> tuple[list[dict[str, Any]], boo
 def count(T: int, H: int, D: int, M: int, k: int) -> dict[str, Any]:
     """Counters of the forward kernels; needs REMORA_BACKEND=sim in the environment."""
     from remora import ops
-    from remora.testing import sim
 
     rng = torch.Generator().manual_seed(0)
 
@@ -254,19 +254,16 @@ def count(T: int, H: int, D: int, M: int, k: int) -> dict[str, Any]:
         return {"q": q, "k": key, "v": v, "g": -torch.rand(*shape, H, generator=rng) / 8,
                 "beta": torch.rand(*shape, H, generator=rng)}  # fmt: skip
 
-    def counted(run: Callable[[], object]) -> dict[str, counters.Counters]:
-        sim.reset_stats()
-        run()
-        return {name: counters.flatten(s) for name, s in sim.stats().items()}
-
     x = inputs(1, T, k)  # every choice has its own q, k and v: as many rows as the plain call reads
     indices = torch.rand(1, T, M, generator=rng).argsort(-1)[..., :k].int().contiguous()
     weights = torch.rand(1, T, k, generator=rng)
     plain = {n: t.movedim(2, 0).flatten(1, 2).contiguous() for n, t in x.items()}
-    with sim.options(memory_stats=1), torch.no_grad():
+    with torch.no_grad():
         rows = {
-            "plain": counted(lambda: ops.chunk_gated_delta_rule(**plain)),
-            "routed": counted(lambda: ops.mom_gated_delta_rule(**x, weights=weights, indices=indices, num_memories=M)),
+            "plain": counters.count(lambda: ops.chunk_gated_delta_rule(**plain)),
+            "routed": counters.count(
+                lambda: ops.mom_gated_delta_rule(**x, weights=weights, indices=indices, num_memories=M)
+            ),
         }
         from remora.ops.routed.naive import naive_mom_gated_delta_rule
 

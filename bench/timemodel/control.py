@@ -136,9 +136,10 @@ def parse(i: Inst) -> Parsed:
         if "SETP" in i.base or i.base in ("PLOP3", "UPLOP3"):
             carries, words = words[:2], words[2:]
         else:
-            while words and predicate(words[0]) and not words[0].startswith("!"):
+            votes = i.base in ("VOTE", "VOTEU")  # the last predicate is what the lanes vote on
+            while len(words) > votes and predicate(words[0]) and not words[0].startswith("!"):
                 carries.append(words.pop(0))
-            if words and not (i.base == "FCHK" or (carries and i.base in ("VOTE", "VOTEU") and predicate(words[0]))):
+            if words and not (i.base == "FCHK" or (carries and votes and predicate(words[0]))):
                 results.append(words.pop(0))
             if i.base in ("IADD3", "UIADD3", "LEA", "ULEA", "IMAD", "UIMAD") and ".MOV" not in i.op:
                 while words and predicate(words[0]) and not words[0].startswith("!"):
@@ -261,22 +262,29 @@ class Program:
 
 
 class SharedMemory:
-    """Words of a CTA's shared memory whose value is known, with who wrote them and when.
+    """Bytes of a CTA's shared memory whose value is known, with who wrote them and when.
 
-    Warps are interpreted one after another. A word counts for its writer at once, for other warps after a barrier of
+    Warps are interpreted one after another. A byte counts for its writer at once, for other warps after a barrier of
     the whole CTA: the order that a kernel without races relies on.
     """
 
     def __init__(self) -> None:
-        self.words: dict[int, list[tuple[int, int, Value]]] = {}
+        self.bytes: dict[int, list[tuple[int, int, Value]]] = {}
 
-    def store(self, address: int, epoch: int, warp: int, value: Value) -> None:
-        if value is not None or address in self.words:
-            self.words.setdefault(address, []).append((epoch, warp, value))
+    def store(self, address: int, size: int, epoch: int, warp: int, value: Value) -> None:
+        for k in range(size):
+            byte = None if value is None else value >> 8 * k & 255
+            if byte is not None or address + k in self.bytes:
+                self.bytes.setdefault(address + k, []).append((epoch, warp, byte))
 
-    def load(self, address: int, epoch: int, warp: int) -> Value:
-        seen = [x for x in self.words.get(address, []) if x[0] < epoch or (x[0] == epoch and x[1] == warp)]
-        last = [x for x in seen if x[0] == max(y[0] for y in seen)]
+    def load(self, address: int, size: int, epoch: int, warp: int) -> Value:
+        values = [self.newest(address + k, epoch, warp) for k in range(size)]
+        return None if None in values else sum(byte << 8 * k for k, byte in enumerate(values))
+
+    def newest(self, address: int, epoch: int, warp: int) -> Value:
+        seen = [x for x in self.bytes.get(address, []) if x[0] < epoch or (x[0] == epoch and x[1] == warp)]
+        newest = max((x[0] for x in seen), default=-1)
+        last = [x for x in seen if x[0] == newest]
         return last[-1][2] if len({writer for _, writer, _ in last}) == 1 else None
 
 
@@ -571,10 +579,11 @@ def shared_address(word: str) -> Getter:
 
 
 def shared_access(i: Inst, p: Parsed) -> Callable[[State], None]:
-    """A load or store of shared memory. Bytes and halves are unknown, as is what asynchronous copies bring."""
+    """A load or store of shared memory. What asynchronous copies bring is unknown."""
     guard = truth(i.pred) if i.pred else None
     address = shared_address(p.sources[0])
-    size, is_load, is_narrow = width_of(i), i.base == "LDS", bool(re.search(r"\.[US](8|16)", i.op))
+    size, is_load, narrow = width_of(i), i.base == "LDS", re.search(r"\.([US])(8|16)", i.op)
+    num_bytes = int(narrow[2]) // 8 if narrow else 4
     first = set_bit(p.results[0] if is_load else p.sources[1])
 
     def step(s: State) -> None:
@@ -586,22 +595,24 @@ def shared_access(i: Inst, p: Parsed) -> Callable[[State], None]:
         for k in range(size):
             if is_load:
                 value: Value = None
-                if at is not None and not is_narrow:
-                    found = [s.memory.load(a + 4 * k, s.epoch, s.warp) for a in places(at, lanes)]
+                if at is not None:
+                    found = [s.memory.load(a + 4 * k, num_bytes, s.epoch, s.warp) for a in places(at, lanes)]
                     if isinstance(at, int):
                         value = found[0]
                     elif all(isinstance(v, int) for v in found):
                         value = np.zeros(32, np.uint64)
                         value[lanes] = found
+                if narrow and narrow[1] == "S" and value is not None:
+                    value = sext(value, 8 * num_bytes) & M32
                 if first >= 0:
                     s.put(first + k, value, True if lanes.all() else lanes)
             elif at is not None:
-                value = 0 if first < 0 else None if is_narrow or when is None else s.get(first + k)
-                if value is None and not s.memory.words:
+                value = 0 if first < 0 else None if when is None else s.get(first + k)
+                if value is None and not s.memory.bytes:
                     continue
                 for lane, a in zip(np.flatnonzero(lanes), places(at, lanes)):
                     word = int(value[lane]) if isinstance(value, np.ndarray) else value
-                    s.memory.store(a + 4 * k, s.epoch, s.warp, word)
+                    s.memory.store(a + 4 * k, num_bytes, s.epoch, s.warp, word)
 
     def places(at: int | np.ndarray, lanes: np.ndarray) -> list[int]:
         return [at] if isinstance(at, int) else [int(a) for a in at[lanes]]
@@ -981,6 +992,8 @@ def semantics(base: str, mods: list[str], i: Inst, p: Parsed) -> Callable[[State
 
         def vote(s: State) -> Result:
             v = g(s)
+            if v is None and "ANY" in mods:
+                return 0, (False,)  # warps vote on exceptions, and data is taken to be none
             if v is None:
                 return None, (None,)
             bits = (v if isinstance(v, np.ndarray) else np.full(32, v)) & s.lanes
@@ -1034,6 +1047,7 @@ def run_warp(
     threads = shape.block[0] * shape.block[1] * shape.block[2]
     s.lanes = warp * 32 + np.arange(32) < threads
     pending: list[tuple[int, np.ndarray]] = []  # (pc, lanes) of the other sides of divergent branches
+    held: dict[int, np.ndarray] = {}  # lanes that wait at a barrier for the others of the warp
     regions: list[tuple[int, np.ndarray, int]] = []  # (reconvergence pc, lanes waiting there, pending below it)
     pc = 0
     while True:
@@ -1053,6 +1067,12 @@ def run_warp(
         guard = truth(i.pred)(s) if i.pred else True
         base = i.base
         if base == "BAR":
+            if len(pending) > (regions[-1][2] if regions else 0):  # the other sides of a branch come first
+                held[at] = held.get(at, False) | s.lanes
+                trace.pop()
+                pc, s.lanes = pending.pop()
+                continue
+            s.lanes = s.lanes | held.pop(at, False)
             off = guard is False or (isinstance(guard, np.ndarray) and not (guard & s.lanes).any())
             t.barriers.append((-1, 0) if off else barrier_operands(i, program.parsed[at], s))
             s.epoch += t.barriers[-1] == (0, 0)

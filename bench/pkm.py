@@ -145,14 +145,31 @@ def peers(case: Case) -> dict[str, Callable[[Inputs], Run]]:
     return found
 
 
+def scores_at(x: Inputs, slots: Tensor) -> Tensor:
+    """Sums of float32 sub-scores at slots [T, H, k]."""
+    sub_scores = x.sub_scores
+    if x.case.mode != "select":
+        sub_scores = torch.einsum("thad,hand->than", x.query.float(), x.keys.float())
+    index = slots.long()
+    rows, columns = index // x.case.n, index % x.case.n
+    return sub_scores[:, :, 0].gather(-1, rows) + sub_scores[:, :, 1].gather(-1, columns)
+
+
 def check(x: Inputs, ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> float:
-    """Largest relative RMS error of scores, and of gradients, beside plain torch; raises Wrong."""
-    bound = 1e-5 if x.case.dtype == "fp32" else 1e-2  # torch rounds bf16 products to bf16
-    floats = [(a, b) for a, b in zip(ours, theirs, strict=True) if a.is_floating_point()]
-    error = max(relative_rms(a, b) for a, b in floats)
-    same = (ours[1] == theirs[1]).float().mean().item()
-    if not error <= bound or (x.case.dtype == "fp32" and same < 0.999):
-        raise Wrong(f"relative RMS error {error:.1e}, {100 * same:.2f} % equal slots")
+    """Relative RMS error of scores beside plain torch; raises Wrong. Slots may differ where rounding decides between
+    them, if their float32 scores agree at every place; each that differs sends its gradient elsewhere.
+    """
+    bound, tie = (1e-5, 1e-4) if x.case.dtype == "fp32" else (1e-2, 5e-2)  # torch rounds bf16 products to bf16
+    (scores, slots, *gradients), (their_scores, their_slots, *their_gradients) = ours, theirs
+    error = relative_rms(scores, their_scores)
+    have, want = scores_at(x, slots), scores_at(x, their_slots)
+    apart = ((have - want).abs().max() / want.square().mean().sqrt()).item()
+    if not (error <= bound and apart <= tie):
+        raise Wrong(f"relative RMS error {error:.1e}, scores of slots up to {apart:.1e} apart")
+    others = (slots != their_slots).double().mean().item()
+    for a, b in zip(gradients, their_gradients, strict=True):
+        if not relative_rms(a, b) <= bound + 2 * others**0.5:
+            raise Wrong(f"gradient: relative RMS error {relative_rms(a, b):.1e}, {100 * others:.2f} % of slots differ")
     return error
 
 

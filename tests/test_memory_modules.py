@@ -127,12 +127,13 @@ def test_tokens_are_decoded_apart(name):
 
 @pytest.mark.sim_only
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["product_key_memory", "memory_plus"])
-def test_decoding_launches(name):
+@pytest.mark.parametrize("name", ["product_key_memory", "memory_plus", "peer"])
+@pytest.mark.parametrize("tokens", [1, 64])
+def test_decoding_launches(name, tokens):
     from remora.testing import sim
 
     layer = LAYERS[name]().eval()
-    x = torch.randn(3, D)
+    x = torch.randn(tokens, D)
     layer(x)
     sim.reset_stats()
     layer(x)

@@ -70,6 +70,19 @@ def test_gradient(dtype):
     assert all(torch.equal(x, y) for x, y in zip(have, again, strict=True))
 
 
+@pytest.mark.parametrize("signs", ["positive", "both"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scores_do_not_depend_on_gradients(dtype, signs):
+    query, keys, core, u, t = inputs(n=50, ds=40, make=torch.randn)
+    query, keys = query.to(dtype).requires_grad_(), keys.to(dtype).requires_grad_()
+    options = {"candidates": 20, "signs": signs}
+    scores, slots = ops.tucker_topk(query, keys, core, u, t, 12, **options)
+    with torch.no_grad():
+        again, same_slots = ops.tucker_topk(query, keys, core, u, t, 12, **options)
+    assert torch.equal(slots, same_slots)
+    assert torch.equal(scores, again)
+
+
 @pytest.mark.cpu_only
 @pytest.mark.parametrize("rq", [1, 2])
 def test_gradcheck(rq):

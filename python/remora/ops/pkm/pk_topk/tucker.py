@@ -142,8 +142,13 @@ def tucker_topk(
         sub_scores = _sub_scores(groups_query, groups_keys, index, r)
         pairs = torch.ops.remora.tucker_select(sub_scores, _total(core), k, best).long()
         m = best + lowest
-        chosen = torch.stack((index[:, :, 0].gather(-1, pairs // m), index[:, :, 1].gather(-1, pairs % m)), dim=2)
-    rows, columns = _sub_scores(groups_query, groups_keys, chosen, r).unbind(2)  # [T, H, r, k]
+        ranks = torch.stack((pairs // m, pairs % m), dim=2)  # [T, H, 2, k]
+        chosen = index.gather(-1, ranks)
+    if torch.is_grad_enabled() and (query.requires_grad or keys.requires_grad):
+        sub_scores = _sub_scores(groups_query, groups_keys, chosen, r)
+    else:  # they are among the candidates'
+        sub_scores = sub_scores.gather(-1, ranks.unsqueeze(3).expand(-1, -1, -1, r, -1))
+    rows, columns = sub_scores.unbind(2)  # [T, H, r, k]
     scores = torch.einsum("thrk,chrs,thsk->thkc", rows, core.to(_wide(query)), columns)
     return scores, chosen[:, :, 0] * n + chosen[:, :, 1]
 

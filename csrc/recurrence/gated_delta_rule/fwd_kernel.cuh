@@ -28,6 +28,7 @@
 #include <type_traits>
 
 #include "common/copy.cuh"
+#include "common/math.cuh"
 #include "recurrence/gated_delta_rule/params.h"
 #include "recurrence/gated_delta_rule/prepare.cuh"
 #include "recurrence/gated_delta_rule/span_maps.cuh"

@@ -19,6 +19,7 @@
 // cache: rows and columns of blocks are loops at run time, only what indexes registers is unrolled.
 #pragma once
 #include "common/barrier.cuh"
+#include "common/math.cuh"
 #include "common/mma.cuh"
 #include "common/reduce.cuh"
 #include "common/smem_tile.cuh"

@@ -3,23 +3,24 @@
 //   L_t = dy_t C_t + exp(dt_{t+1} A) L_{t+1}          e_t = L_t x_{t-1} exp(dt_t A)
 //   du = D dy + dt <L, B>     d dt = <e, A> + u <L, B>     dA = sum e dt     dB = sum_d L dt u     dC = sum_d dy x
 //
-// As the forward pass, over the same intervals:
+// Over the intervals of the forward pass:
 //   1. selective_scan_bwd_summary_kernel: the gradient that an interval hands to the left if nothing comes from the
-//   right;
+//      right;
 //   2. selective_scan_bwd_combine_kernel: the gradients of the states between intervals, from the right;
-//   3. selective_scan_bwd_kernel, from the saved state on the left and the gradient on the right: everything else. A
-//   CTA
-//      runs forward to the states between its tiles of kTileTokens tokens, then takes the tiles from the right; a
-//      tile's states and decays rest in registers.
-//   4. Two kernels add the shares of the CTAs: dB and dC over the channel blocks of a group, dA, dD and ddelta_bias
-//   over
-//      the intervals, in order.
+//   3. selective_scan_bwd_kernel, from the saved state on the left and the gradient on the right: everything else;
+//   4. two kernels add the shares of the CTAs: dB and dC over the channel blocks of a group, dA, dD and ddelta_bias
+//      over the intervals, in order.
+//
+// In kernel 3 a lane holds a run of kRunTokens tokens of kRunChannels channels, and takes one state after the other:
+// the decays and states of its run, in registers, from one exponential each; where the run begins, from the left and
+// from the right, by scans of the lanes of a channel. Sums over states (du, d dt, dz) stay in registers for the whole
+// kernel; sums over channels (dB, dC) leave them after every state.
 #pragma once
 #include "recurrence/selective_scan/scan_tile.cuh"
 
 namespace remora {
 
-/// In the workspace, in this order; S = num_scan_slots, R = B * T, blocks of channels.
+/// In the workspace, in this order; S = num_scan_slots, R = B * T, blocks of kBwdChannels channels.
 struct ScanGradients {
   float* states;       // [S, D, N] gradients of the states between intervals
   float* steps;        // [S, D] sums of steps
@@ -30,255 +31,322 @@ struct ScanGradients {
   float* ddelta_bias;  // [S, D]
 };
 
-template <typename T, int LANES>
-__global__ void __launch_bounds__(kScanThreads, 6)
+template <typename T, class Traits>
+__global__ void __launch_bounds__(kScanThreads, Traits::SUMMARY_CTAS)
     selective_scan_bwd_summary_kernel(const __grid_constant__ SelectiveScanBwdParams p, const ScanGradients gradients,
                                       const int64_t num_channel_blocks) {
-  using Traits = ScanTraits<LANES>;
+  constexpr int LD = Traits::LD, LANE_STATES = Traits::LANE_STATES;
   const SelectiveScanInputs& in = p.in;
-  __shared__ float smem_delta[kTileTokens * Traits::LD], smem_dt[kTileTokens * Traits::LD],
-      smem_z[kTileTokens * Traits::LD], smem_dy[kTileTokens * Traits::LD];
-  __shared__ __align__(16) float smem_c[kTileTokens * Traits::LD_STATES];
+  __shared__ float smem_delta[kTileTokens * LD], smem_z[kTileTokens * LD], smem_dy[kTileTokens * LD];
+  __shared__ __align__(16) float smem_c[kTileTokens * Traits::STATES];
 
   const ScanInterval interval = find_interval(in, blockIdx.x / num_channel_blocks);
   if (interval.num_tokens == 0 || interval.chunk_idx == 0) return;
-  const ScanChannelBlock channels = find_channel_block<LANES>(in.shape, blockIdx.x % num_channel_blocks);
-  const ScanBlock<T, LANES> block(in, interval, channels);
+  const ScanChannelBlock channels = find_channel_block<Traits::CHANNELS>(in.shape, blockIdx.x % num_channel_blocks);
+  const ScanBlock<T, Traits> block(in, interval, channels);
 
-  float carried[kStatesPerLane] = {}, steps = 0.f;
+  float carried[LANE_STATES] = {}, steps = 0.f;
+#pragma unroll 1
   for (int first = (interval.num_tokens - 1) / kTileTokens * kTileTokens; first >= 0; first -= kTileTokens) {
     __syncthreads();
-    block.load_channels(in.delta, in.delta_stride, first, smem_delta);
-    block.load_channels(p.d_out, p.d_out_stride, first, smem_dy);
-    if (in.z != nullptr) block.load_channels(in.z, in.z_stride, first, smem_z);
+    block.load(in.delta, in.delta_stride, first, smem_delta);
+    block.load(p.d_out, p.d_out_stride, first, smem_dy);
+    if (in.z != nullptr) block.load(in.z, in.z_stride, first, smem_z);
     block.load_map(in.c, in.c_stride, first, smem_c);
     __syncthreads();
-    block.make_steps(first, smem_delta, smem_dt);
-    __syncthreads();
-#pragma unroll 4
+    const int num_tokens = min(interval.num_tokens - first, kTileTokens);
+#pragma unroll Traits::UNROLL
     for (int t = kTileTokens - 1; t >= 0; --t) {
-      const int at = t * Traits::LD + block.channel;
-      const float dt = smem_dt[at];
-      float dy = smem_dy[at];
+      const int at = t * LD + block.channel;
+      const float dt = t < num_tokens ? block.step_of(smem_delta[at]) : 0.f;
+      float dy = smem_dy[at], c[LANE_STATES];
       if (in.z != nullptr) dy *= smem_z[at] * scan_sigmoid(smem_z[at]);
-      const float4 c = *reinterpret_cast<const float4*>(smem_c + t * Traits::LD_STATES + block.first_state);
-      const float c_of[kStatesPerLane] = {c.x, c.y, c.z, c.w};
+      block.read_map(smem_c, t, c);
       steps += dt;
 #pragma unroll
-      for (int j = 0; j < kStatesPerLane; ++j) carried[j] = exp2f(dt * block.rate[j]) * (carried[j] + dy * c_of[j]);
+      for (int j = 0; j < LANE_STATES; ++j) carried[j] = exp2_approx(dt * block.rate[j]) * (carried[j] + dy * c[j]);
     }
   }
   block.store_state(carried, gradients.states, interval.slot);
-  if (block.is_valid && threadIdx.x % LANES == 0) {
+  if (block.is_first_lane()) {
     gradients.steps[interval.slot * in.shape.num_channels + channels.first + block.channel] = steps;
   }
 }
 
-/// Replaces what intervals hand to the left by the gradients of the states that leave them. A CTA
-/// works on one sequence.
+/// Replaces what intervals hand to the left by the gradients of the states that leave them. A CTA works on one
+/// sequence.
 static __global__ void __launch_bounds__(kScanThreads)
     selective_scan_bwd_combine_kernel(const __grid_constant__ SelectiveScanBwdParams p, const ScanGradients gradients) {
   const SelectiveScanShape& shape = p.in.shape;
   const ScanStateThread at(shape);
   const Sequence seq = find_sequence(shape.sequences, p.in.cu_seqlens, at.seq_idx);
   if (!at.is_valid) return;
-  const float rate = static_cast<const float*>(p.in.a)[at.offset] * kLog2e;
-  float carried = p.d_final_state != nullptr ? static_cast<const float*>(p.d_final_state)[at.index] : 0.f;
+  const float carried = p.d_final_state != nullptr ? static_cast<const float*>(p.d_final_state)[at.index] : 0.f;
   if (seq.num_tokens == 0 && p.d_initial_state != nullptr) static_cast<float*>(p.d_initial_state)[at.index] = carried;
-
   const int64_t first_slot = first_scan_slot(seq.first_token, at.seq_idx);
-  for (int64_t i = (seq.num_tokens + kScanInterval - 1) / kScanInterval - 1; i >= 0; --i) {
-    float* state = gradients.states + (first_slot + i) * at.per_seq + at.offset;
-    const float added = i == 0 ? 0.f : *state;
-    const float steps = i == 0 ? 0.f : gradients.steps[(first_slot + i) * shape.num_channels + at.channel];
-    *state = carried;
-    carried = exp2f(steps * rate) * carried + added;
+  const int64_t num_intervals = (seq.num_tokens + kScanInterval - 1) / kScanInterval;
+  combine_intervals(at, shape, static_cast<const float*>(p.in.a), first_slot, num_intervals, -1, gradients.states,
+                    gradients.steps, carried);
+}
+
+struct ScanBwdSmem {
+  ScanInterval interval;  // here, since registers are scarce
+  ScanChannelBlock block;
+  static constexpr int LD = kBwdChannels + 1;
+  static constexpr int LD_MAP = kScanInterval + 4, LD_SUMS = 2 * kScanInterval + 4;  // keep rows 16-byte aligned
+  alignas(16) float b[kStageStates * LD_MAP], c[kStageStates * LD_MAP];              // in the order of run_position
+  alignas(16) float sums[kScanThreads / 32]
+                        [kStageStates * LD_SUMS];  // of dB, then dC, over the channels of a warp; likewise
+  float u[kScanInterval * LD], delta[kScanInterval * LD], dy[kScanInterval * LD], z[kScanInterval * LD];
+  float rate[kStageStates * LD], entering[kStageStates * LD], carried[kStageStates * LD], da[kStageStates * LD];
+};
+
+/// Where token t of an interval lies in a row whose lanes read their runs four tokens at a time, without conflicts.
+__device__ __forceinline__ int run_position(int t) {
+  return t % kRunTokens / 4 * (4 * kRunLanes) + t / kRunTokens * 4 + t % 4;
+}
+
+__device__ __forceinline__ void load_run(const float* smem_row, int lane, float (&v)[kRunTokens]) {
+  static_assert(kRunTokens == 8);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const float4 four = *reinterpret_cast<const float4*>(smem_row + half * 4 * kRunLanes + lane * 4);
+    v[4 * half] = four.x, v[4 * half + 1] = four.y, v[4 * half + 2] = four.z, v[4 * half + 3] = four.w;
   }
 }
 
-/// Sums of 2 * kStatesPerLane values over the channels of a warp: lanes trade halves of their values until each holds
-/// the sums of the few that `first` begins with.
-template <int LANES>
-struct ChannelSums {
-  static constexpr int COUNT = 2 * kStatesPerLane * LANES / 32 > 0 ? 2 * kStatesPerLane * LANES / 32 : 1;
-  int first;
-
-  __device__ __forceinline__ explicit ChannelSums(float (&v)[2 * kStatesPerLane]) : first(0) {
-    int count = 2 * kStatesPerLane;
+/// A lane's run maps what enters it to decay * x + added. Given what enters the first lane of a channel (the last, if
+/// FROM_RIGHT), returns what enters this one.
+template <bool FROM_RIGHT>
+__device__ __forceinline__ float enter_run(float decay, float added, float first) {
+  const int lane = threadIdx.x % kRunLanes, rank = FROM_RIGHT ? kRunLanes - 1 - lane : lane;
+  const auto before = [](float x, int distance) {
+    return FROM_RIGHT ? __shfl_down_sync(kFullWarp, x, distance, kRunLanes)
+                      : __shfl_up_sync(kFullWarp, x, distance, kRunLanes);
+  };
+  added = rank == 0 ? decay * first + added : added;
 #pragma unroll
-    for (int mask = 16; mask >= LANES; mask /= 2) {
-      count /= 2;
-      const bool is_upper = (threadIdx.x & mask) != 0;
-#pragma unroll
-      for (int i = 0; i < count; ++i) {
-        const float sent = is_upper ? v[i] : v[i + count], kept = is_upper ? v[i + count] : v[i];
-        v[i] = kept + __shfl_xor_sync(kFullWarp, sent, mask);
-      }
-      first += is_upper ? count : 0;
-    }
+  for (int distance = 1; distance < kRunLanes; distance *= 2) {
+    const float left = before(added, distance), left_decay = before(decay, distance);
+    added = rank >= distance ? decay * left + added : added;
+    decay = rank >= distance ? decay * left_decay : decay;
   }
-};
+  const float entered = before(added, 1);
+  return rank == 0 ? first : entered;
+}
 
-template <typename T, int LANES>
-__global__ void __launch_bounds__(kScanThreads, 2)
+template <typename T>
+__global__ void __launch_bounds__(kScanThreads, 3)
     selective_scan_bwd_kernel(const __grid_constant__ SelectiveScanBwdParams p, const ScanGradients gradients,
                               const int64_t num_channel_blocks) {
-  using Traits = ScanTraits<LANES>;
-  constexpr int LD = Traits::LD, LD_STATES = Traits::LD_STATES;
-  constexpr int kNumTiles = kScanInterval / kTileTokens, kNumWarps = kScanThreads / 32;
+  constexpr int LD = ScanBwdSmem::LD, LD_MAP = ScanBwdSmem::LD_MAP, LD_SUMS = ScanBwdSmem::LD_SUMS;
+  extern __shared__ __align__(16) unsigned char smem_bytes[];
+  ScanBwdSmem& smem = *reinterpret_cast<ScanBwdSmem*>(smem_bytes);
   const SelectiveScanInputs& in = p.in;
+  const int64_t num_channels = in.shape.num_channels;
   const int state_dim = static_cast<int>(in.shape.state_dim);
-  __shared__ float smem_u[kTileTokens * LD], smem_delta[kTileTokens * LD], smem_dt[kTileTokens * LD],
-      smem_z[kTileTokens * LD], smem_dy[kTileTokens * LD], smem_out[kTileTokens * LD];
-  __shared__ __align__(16) float smem_b[kTileTokens * LD_STATES], smem_c[kTileTokens * LD_STATES];
-  __shared__ float smem_entering[kNumTiles][kStatesPerLane][kScanThreads];  // states that enter the tiles
-  constexpr int kSumTokens =
-      LANES == 32 ? 4 : 8;  // whose sums over channels are in shared memory together, 48 KB in all
-  __shared__ float smem_sums[kNumWarps][kSumTokens][2 * Traits::STATES];
-
-  const ScanInterval interval = find_interval(in, blockIdx.x / num_channel_blocks);
-  const ScanChannelBlock channels = find_channel_block<LANES>(in.shape, blockIdx.x % num_channel_blocks);
-  const ScanBlock<T, LANES> block(in, interval, channels);
-  const int64_t total_rows = in.shape.sequences.batch * in.shape.sequences.seqlen;
-  const float skip = block.channel_value(in.skip);
-  float da[kStatesPerLane] = {}, dskip = 0.f, dbias = 0.f;
-
-  // The states that enter the tiles.
-  float x[kStatesPerLane] = {}, carried[kStatesPerLane] = {};
-  if (interval.num_tokens > 0) {
-    block.load_state(p.saved_states, interval.slot, x);
-    block.load_state(gradients.states, interval.slot, carried);
-  }
-#pragma unroll 1
-  for (int first = 0; first < interval.num_tokens; first += kTileTokens) {
-#pragma unroll
-    for (int j = 0; j < kStatesPerLane; ++j) smem_entering[first / kTileTokens][j][threadIdx.x] = x[j];
-    if (first + kTileTokens >= interval.num_tokens) break;
-    __syncthreads();
-    block.load_channels(in.u, in.u_stride, first, smem_u);
-    block.load_channels(in.delta, in.delta_stride, first, smem_delta);
-    block.load_map(in.b, in.b_stride, first, smem_b);
-    __syncthreads();
-    block.make_steps(first, smem_delta, smem_dt);
-    __syncthreads();
-#pragma unroll 4
-    for (int t = 0; t < kTileTokens; ++t) {
-      const float dt = smem_dt[t * LD + block.channel], du = dt * smem_u[t * LD + block.channel];
-#pragma unroll
-      for (int j = 0; j < kStatesPerLane; ++j) {
-        x[j] = exp2f(dt * block.rate[j]) * x[j] + du * smem_b[t * LD_STATES + block.first_state + j];
-      }
+  if (threadIdx.x < 32) {
+    const ScanInterval found = find_interval(in, blockIdx.x / num_channel_blocks);
+    if (threadIdx.x == 0) {
+      smem.interval = found;
+      smem.block = find_channel_block<kBwdChannels>(in.shape, blockIdx.x % num_channel_blocks);
     }
   }
+  __syncthreads();
+  const ScanInterval& interval = smem.interval;
+  const ScanChannelBlock& block = smem.block;
+  const auto first_row = [&] { return interval.slot * num_channels + block.first; };  // of [S, D]
 
-#pragma unroll 1
-  for (int first = (interval.num_tokens - 1) / kTileTokens * kTileTokens; first >= 0 && interval.num_tokens > 0;
-       first -= kTileTokens) {
-    __syncthreads();
-    block.load_channels(in.u, in.u_stride, first, smem_u);
-    block.load_channels(in.delta, in.delta_stride, first, smem_delta);
-    block.load_channels(p.d_out, p.d_out_stride, first, smem_dy);
-    if (in.z != nullptr) block.load_channels(in.z, in.z_stride, first, smem_z);
-    block.load_map(in.b, in.b_stride, first, smem_b);
-    block.load_map(in.c, in.c_stride, first, smem_c);
-    __syncthreads();
-    block.make_steps(first, smem_delta, smem_dt);
-    __syncthreads();
-
-    // Left to right: states in front of the tokens, decays, and with a gate what it multiplied.
-    float before[kTileTokens][kStatesPerLane];
-#pragma unroll
-    for (int j = 0; j < kStatesPerLane; ++j) x[j] = smem_entering[first / kTileTokens][j][threadIdx.x];
-#pragma unroll
-    for (int t = 0; t < kTileTokens; ++t) {
-      const int at = t * LD + block.channel;
-      const float u = smem_u[at], dt = smem_dt[at], du = dt * u;
-      float y = 0.f;
-#pragma unroll
-      for (int j = 0; j < kStatesPerLane; ++j) {
-        before[t][j] = x[j];
-        x[j] = exp2f(dt * block.rate[j]) * x[j] + du * smem_b[t * LD_STATES + block.first_state + j];
-        y += x[j] * smem_c[t * LD_STATES + block.first_state + j];
-      }
-      if (in.z == nullptr) continue;
-      y = warp_sum<LANES>(y) + skip * u;
-      if (threadIdx.x % LANES == 0) {
-        const float z = smem_z[at], gate = scan_sigmoid(z), d_out = smem_dy[at];
-        smem_out[at] = d_out * y * gate * (1.f + z * (1.f - gate));
-        smem_dy[at] = d_out * z * gate;
-      }
-    }
-    if (in.z != nullptr) {
-      __syncthreads();
-      block.store_channels(smem_out, first, p.dz, p.d_stride);
-      __syncthreads();
-    }
-
-    // Right to left. smem_dy takes du, and smem_delta ddelta.
-#pragma unroll
-    for (int first_t = kTileTokens - kSumTokens; first_t >= 0; first_t -= kSumTokens) {
-#pragma unroll
-      for (int t = first_t + kSumTokens - 1; t >= first_t; --t) {
-        const int at = t * LD + block.channel;
-        const float u = smem_u[at], dt = smem_dt[at], dy = smem_dy[at], du = dt * u, logit = smem_delta[at];
-        float write = 0.f, decays = 0.f, sums[2 * kStatesPerLane];
-#pragma unroll
-        for (int j = 0; j < kStatesPerLane; ++j) {
-          const float b = smem_b[t * LD_STATES + block.first_state + j];
-          const float decay = exp2f(dt * block.rate[j]);
-          const float lambda = carried[j] + dy * smem_c[t * LD_STATES + block.first_state + j];
-          carried[j] = lambda * decay;
-          const float d_log = carried[j] * before[t][j];
-          write += lambda * b;
-          decays += d_log * block.rate[j];
-          da[j] += d_log * dt;
-          sums[j] = lambda * du;
-          sums[kStatesPerLane + j] = dy * (decay * before[t][j] + du * b);
-        }
-        write = warp_sum<LANES>(write), decays = warp_sum<LANES>(decays);
-        float ddelta = decays * kLn2 + u * write;
-        if (in.delta_softplus && logit <= 20.f) ddelta *= scan_sigmoid(logit);
-        dskip += dy * u, dbias += t < block.num_rows(first) ? ddelta : 0.f;
-        __syncwarp();
-        if (threadIdx.x % LANES == 0) {
-          smem_dy[at] = skip * dy + dt * write;
-          smem_delta[at] = ddelta;
-        }
-        const ChannelSums<LANES> held(sums);
-#pragma unroll
-        for (int i = 0; i < ChannelSums<LANES>::COUNT; ++i) {
-          const int value = held.first + i;
-          smem_sums[threadIdx.x / 32][t - first_t]
-                   [value / kStatesPerLane * Traits::STATES + block.first_state + value % kStatesPerLane] = sums[i];
-        }
-      }
-      __syncthreads();
-      for (int i = threadIdx.x; i < kSumTokens * 2 * Traits::STATES; i += kScanThreads) {
-        const int t = i / (2 * Traits::STATES), value = i % (2 * Traits::STATES), state = value % Traits::STATES;
-        if (first_t + t >= block.num_rows(first) || state >= state_dim) continue;
-        float total = 0.f;
-#pragma unroll
-        for (int warp = 0; warp < kNumWarps; ++warp) total += smem_sums[warp][t][value];
-        const int64_t row = interval.batch * in.shape.sequences.seqlen + interval.token(first + first_t + t);
-        float* share = value < Traits::STATES ? gradients.db : gradients.dc;
-        share[(channels.index * total_rows + row) * state_dim + state] = total;
-      }
-      __syncthreads();
-    }
-    block.store_channels(smem_dy, first, p.du, p.d_stride);
-    block.store_channels(smem_delta, first, p.ddelta, p.d_stride);
-  }
-
-  if (interval.num_tokens > 0 && interval.chunk_idx == 0 && p.d_initial_state != nullptr) {
-    block.store_state(carried, p.d_initial_state, interval.seq_idx);
-  }
   // A slot without tokens adds zeros.
-  block.store_state(da, gradients.da, interval.slot);
-  if (block.is_valid && threadIdx.x % LANES == 0) {
-    const int64_t at = interval.slot * in.shape.num_channels + channels.first + block.channel;
-    gradients.dskip[at] = dskip;
-    gradients.ddelta_bias[at] = dbias;
+  if (interval.num_tokens == 0) {
+    for (int64_t i = threadIdx.x; i < block.num_channels * state_dim; i += kScanThreads) {
+      gradients.da[first_row() * state_dim + i] = 0.f;
+    }
+    for (int i = threadIdx.x; i < block.num_channels; i += kScanThreads) {
+      gradients.dskip[first_row() + i] = gradients.ddelta_bias[first_row() + i] = 0.f;
+    }
+    return;
   }
+
+  const auto load = [&](const void* data, const ScanStrides& stride, float* smem_tile) {
+    load_channels<kScanInterval, kBwdChannels, T>(data, stride, interval, block, 0, smem_tile);
+  };
+  load(in.u, in.u_stride, smem.u);
+  load(in.delta, in.delta_stride, smem.delta);
+  load(p.d_out, p.d_out_stride, smem.dy);
+  if (in.z != nullptr) load(in.z, in.z_stride, smem.z);
+  __syncthreads();
+
+  const int lane = threadIdx.x % kRunLanes;
+  const auto channel_of = [](int i) { return static_cast<int>(threadIdx.x) / kRunLanes * kRunChannels + i; };
+  const auto tile_index = [&](int i, int j) { return (lane * kRunTokens + j) * LD + channel_of(i); };
+  const auto channel_value = [&](const void* values, int i) {
+    return values != nullptr && channel_of(i) < block.num_channels
+               ? static_cast<const float*>(values)[block.first + channel_of(i)]
+               : 0.f;
+  };
+
+  // Of the lane's tokens: the step, what it multiplies B by, the gradient of y; then sums over states.
+  float dt[kRunChannels][kRunTokens], du[kRunChannels][kRunTokens], dy[kRunChannels][kRunTokens];
+  float write[kRunChannels][kRunTokens] = {}, decays[kRunChannels][kRunTokens] = {}, y[kRunChannels][kRunTokens] = {};
+  float steps[kRunChannels] = {};
+#pragma unroll
+  for (int i = 0; i < kRunChannels; ++i) {
+    const float bias = channel_value(in.delta_bias, i);
+#pragma unroll
+    for (int j = 0; j < kRunTokens; ++j) {
+      const int at = tile_index(i, j);
+      const float logit = smem.delta[at] + bias;
+      smem.delta[at] = logit;
+      // Behind the last token a step of zero keeps the state and its gradient.
+      dt[i][j] = lane * kRunTokens + j < interval.num_tokens ? (in.delta_softplus ? scan_softplus(logit) : logit) : 0.f;
+      du[i][j] = dt[i][j] * smem.u[at];
+      dy[i][j] = smem.dy[at];
+      if (in.z != nullptr) dy[i][j] *= smem.z[at] * scan_sigmoid(smem.z[at]);
+      steps[i] += dt[i][j];
+    }
+  }
+
+  const int64_t total_rows = in.shape.sequences.batch * in.shape.sequences.seqlen;
+  const auto load_map = [&](const void* data, const ScanGroupStrides& stride, int first_state, float* smem_map) {
+    const T* src = static_cast<const T*>(data) + interval.batch * stride.batch + interval.token(0) * stride.token +
+                   block.group * stride.group + first_state * stride.state;
+    for_each_element<kScanInterval, kStageStates>(
+        src, interval.token_step * stride.token, stride.state, interval.num_tokens,
+        min(state_dim - first_state, kStageStates), [&](int t, int n, bool exists, const T* gmem) {
+          smem_map[n * LD_MAP + run_position(t)] = exists ? static_cast<float>(*gmem) : 0.f;
+        });
+  };
+#pragma unroll 1
+  for (int first_state = 0; first_state < state_dim; first_state += kStageStates) {
+    const int num_states = min(state_dim - first_state, kStageStates);
+    __syncthreads();
+    load_map(in.b, in.b_stride, first_state, smem.b);
+    load_map(in.c, in.c_stride, first_state, smem.c);
+#pragma unroll
+    for (int i = read_thread_idx(); i < kStageStates * kBwdChannels; i += kScanThreads) {
+      const int n = i % kStageStates, channel = i / kStageStates, to = n * LD + channel;
+      const bool exists = n < num_states && channel < block.num_channels;
+      const int offset = channel * state_dim + first_state + n;
+      smem.rate[to] = exists ? static_cast<const float*>(in.a)[block.first * state_dim + offset] * kLog2e : 0.f;
+      smem.entering[to] = exists ? static_cast<const float*>(p.saved_states)[first_row() * state_dim + offset] : 0.f;
+      smem.carried[to] = exists ? gradients.states[first_row() * state_dim + offset] : 0.f;
+    }
+    __syncthreads();
+
+#pragma unroll 1
+    for (int n = 0; n < num_states; ++n) {
+      float b[kRunTokens], c[kRunTokens], sums[2 * kRunTokens] = {};  // of dB, then dC
+      load_run(smem.b + n * LD_MAP, lane, b);
+      load_run(smem.c + n * LD_MAP, lane, c);
+#pragma unroll
+      for (int i = 0; i < kRunChannels; ++i) {
+        const int at = n * LD + channel_of(i);
+        const float rate = smem.rate[at], run_decay = exp2_approx(steps[i] * rate);
+        float decay[kRunTokens], x[kRunTokens], added = 0.f, carried = 0.f;
+#pragma unroll
+        for (int j = 0; j < kRunTokens; ++j) {
+          decay[j] = exp2_approx(dt[i][j] * rate);
+          x[j] = du[i][j] * b[j];
+          added = decay[j] * added + x[j];
+        }
+#pragma unroll
+        for (int j = kRunTokens - 1; j >= 0; --j) carried = decay[j] * (dy[i][j] * c[j] + carried);
+        const float entering = enter_run<false>(run_decay, added, smem.entering[at]);
+        carried = enter_run<true>(run_decay, carried, smem.carried[at]);
+#pragma unroll
+        for (int j = 0; j < kRunTokens; ++j) {
+          x[j] = decay[j] * (j == 0 ? entering : x[j - 1]) + x[j];
+          y[i][j] += x[j] * c[j];
+          sums[kRunTokens + j] += dy[i][j] * x[j];
+        }
+        float da = 0.f;
+#pragma unroll
+        for (int j = kRunTokens - 1; j >= 0; --j) {
+          const float lambda = dy[i][j] * c[j] + carried;
+          carried = decay[j] * lambda;
+          const float d_log = carried * (j == 0 ? entering : x[j - 1]);
+          write[i][j] += lambda * b[j];
+          decays[i][j] += d_log * rate;
+          da += d_log * dt[i][j];
+          sums[j] += lambda * du[i][j];
+        }
+        da = warp_sum<kRunLanes>(da);
+        if (lane == 0) smem.da[at] = da, smem.carried[at] = carried;
+      }
+      // Lanes that hold the same tokens of other channels trade halves of their sums until each has four tokens'.
+      const auto trade = [&](int count, int mask) {
+        const bool is_upper = (threadIdx.x & mask) != 0;
+#pragma unroll
+        for (int k = 0; k < count; ++k) {
+          const float sent = is_upper ? sums[k] : sums[k + count], kept = is_upper ? sums[k + count] : sums[k];
+          sums[k] = kept + __shfl_xor_sync(kFullWarp, sent, mask);
+        }
+      };
+      trade(kRunTokens, 16);
+      trade(kRunTokens / 2, 8);
+      *reinterpret_cast<float4*>(smem.sums[threadIdx.x / 32] + n * LD_SUMS + threadIdx.x % 32 * 4) =
+          make_float4(sums[0], sums[1], sums[2], sums[3]);
+    }
+    __syncthreads();
+
+    // Over the warps, in order.
+#pragma unroll
+    for (int i = read_thread_idx(); i < 2 * kScanInterval * kStageStates; i += kScanThreads) {
+      const int n = i % kStageStates, t = i / kStageStates % kScanInterval, is_dc = i / kStageStates / kScanInterval;
+      if (n >= num_states || t >= interval.num_tokens) continue;
+      float total = 0.f;
+#pragma unroll
+      for (int warp = 0; warp < kScanThreads / 32; ++warp) {
+        total += smem.sums[warp][n * LD_SUMS + is_dc * kScanInterval + run_position(t)];
+      }
+      const int64_t row = interval.batch * in.shape.sequences.seqlen + interval.token(t);
+      float* share = is_dc ? gradients.dc : gradients.db;
+      share[(block.index * total_rows + row) * state_dim + first_state + n] = total;
+    }
+    for (int i = read_thread_idx(); i < kStageStates * kBwdChannels; i += kScanThreads) {
+      const int n = i % kStageStates, channel = i / kStageStates, offset = channel * state_dim + first_state + n;
+      if (n >= num_states || channel >= block.num_channels) continue;
+      gradients.da[first_row() * state_dim + offset] = smem.da[n * LD + channel];
+      if (p.d_initial_state != nullptr && interval.chunk_idx == 0) {
+        static_cast<float*>(p.d_initial_state)[(interval.seq_idx * num_channels + block.first) * state_dim + offset] =
+            smem.carried[n * LD + channel];
+      }
+    }
+  }
+
+#pragma unroll
+  for (int i = 0; i < kRunChannels; ++i) {
+    const float skip = channel_value(in.skip, i);
+    float dskip = 0.f, dbias = 0.f;
+#pragma unroll
+    for (int j = 0; j < kRunTokens; ++j) {
+      const int at = tile_index(i, j);
+      const float u = smem.u[at], logit = smem.delta[at];
+      float ddelta = decays[i][j] * kLn2 + u * write[i][j];
+      if (in.delta_softplus) ddelta *= scan_sigmoid(logit);
+      dskip += dy[i][j] * u;
+      dbias += lane * kRunTokens + j < interval.num_tokens ? ddelta : 0.f;
+      smem.u[at] = skip * dy[i][j] + dt[i][j] * write[i][j];
+      smem.delta[at] = ddelta;
+      if (in.z != nullptr) {
+        const float z = smem.z[at], gate = scan_sigmoid(z);
+        smem.z[at] = smem.dy[at] * (y[i][j] + skip * u) * gate * (1.f + z * (1.f - gate));
+      }
+    }
+    dskip = warp_sum<kRunLanes>(dskip), dbias = warp_sum<kRunLanes>(dbias);
+    if (lane == 0 && channel_of(i) < block.num_channels) {
+      gradients.dskip[first_row() + channel_of(i)] = dskip;
+      gradients.ddelta_bias[first_row() + channel_of(i)] = dbias;
+    }
+  }
+  __syncthreads();
+  const auto store = [&](const float* smem_tile, void* data) {
+    store_channels<kScanInterval, kBwdChannels, T>(smem_tile, interval, block, 0, data, p.d_stride);
+  };
+  store(smem.u, p.du);
+  store(smem.delta, p.ddelta);
+  if (in.z != nullptr) store(smem.z, p.dz);
 }
 
 /// Adds the blocks' shares of dB and dC; tokens outside every sequence get zeros. One thread per row, group and state.

@@ -5,12 +5,12 @@
 //
 // Sequences are cut into intervals of kScanInterval tokens, so that short batches fill the device:
 //   1. selective_scan_summary_kernel, a CTA per interval and block of channels: the state an interval leaves if it
-//   starts
-//      from zero, and the sum of its steps, whose product with A is the log of its decay;
+//      starts from zero, and the sum of its steps, whose product with A is the log of its decay;
 //   2. selective_scan_combine_kernel, a thread per sequence, channel and state: the states between intervals, in order;
 //   3. selective_scan_fwd_kernel, as 1, from the exact state: outputs.
-// A sequence's intervals begin with it, so its results do not depend on its neighbours. Each exponential is computed
-// twice. Figures: README.md.
+// A thread walks tokens with its states in registers: up to 16 states need no sum over lanes. A sequence's intervals
+// begin with it, so its results do not depend on its neighbours. Each exponential is computed twice. Figures:
+// README.md.
 #pragma once
 #include "recurrence/selective_scan/scan_tile.cuh"
 
@@ -22,42 +22,40 @@ struct ScanSummaries {
   float* steps;
 };
 
-template <typename T, int LANES>
-__global__ void __launch_bounds__(kScanThreads, 6)
+template <typename T, class Traits>
+__global__ void __launch_bounds__(kScanThreads, Traits::SUMMARY_CTAS)
     selective_scan_summary_kernel(const __grid_constant__ SelectiveScanInputs in, const ScanSummaries summaries,
                                   const int64_t num_channel_blocks) {
-  using Block = ScanBlock<T, LANES>;
-  using Traits = ScanTraits<LANES>;
-  __shared__ float smem_u[kTileTokens * Traits::LD], smem_delta[kTileTokens * Traits::LD],
-      smem_dt[kTileTokens * Traits::LD];
-  __shared__ __align__(16) float smem_b[kTileTokens * Traits::LD_STATES];
+  constexpr int LD = Traits::LD, LANE_STATES = Traits::LANE_STATES;
+  __shared__ float smem_u[kTileTokens * LD], smem_delta[kTileTokens * LD];
+  __shared__ __align__(16) float smem_b[kTileTokens * Traits::STATES];
 
   const ScanInterval interval = find_interval(in, blockIdx.x / num_channel_blocks);
   if (interval.num_tokens == 0 || interval.is_last) return;
-  const ScanChannelBlock channels = find_channel_block<LANES>(in.shape, blockIdx.x % num_channel_blocks);
-  const Block block(in, interval, channels);
+  const ScanChannelBlock channels = find_channel_block<Traits::CHANNELS>(in.shape, blockIdx.x % num_channel_blocks);
+  const ScanBlock<T, Traits> block(in, interval, channels);
 
-  float x[kStatesPerLane] = {}, steps = 0.f;
-  for (int first = 0; first < interval.num_tokens; first += kTileTokens) {
+  // All intervals but a sequence's last are full.
+  float x[LANE_STATES] = {}, steps = 0.f;
+#pragma unroll 1
+  for (int first = 0; first < kScanInterval; first += kTileTokens) {
     __syncthreads();
-    block.load_channels(in.u, in.u_stride, first, smem_u);
-    block.load_channels(in.delta, in.delta_stride, first, smem_delta);
+    block.load(in.u, in.u_stride, first, smem_u);
+    block.load(in.delta, in.delta_stride, first, smem_delta);
     block.load_map(in.b, in.b_stride, first, smem_b);
     __syncthreads();
-    block.make_steps(first, smem_delta, smem_dt);
-    __syncthreads();
-#pragma unroll 4
+#pragma unroll Traits::UNROLL
     for (int t = 0; t < kTileTokens; ++t) {
-      const float dt = smem_dt[t * Traits::LD + block.channel], du = dt * smem_u[t * Traits::LD + block.channel];
-      const float4 b = *reinterpret_cast<const float4*>(smem_b + t * Traits::LD_STATES + block.first_state);
-      const float b_of[kStatesPerLane] = {b.x, b.y, b.z, b.w};
+      const float dt = block.step_of(smem_delta[t * LD + block.channel]), du = dt * smem_u[t * LD + block.channel];
+      float b[LANE_STATES];
+      block.read_map(smem_b, t, b);
       steps += dt;
 #pragma unroll
-      for (int j = 0; j < kStatesPerLane; ++j) x[j] = exp2f(dt * block.rate[j]) * x[j] + du * b_of[j];
+      for (int j = 0; j < LANE_STATES; ++j) x[j] = exp2_approx(dt * block.rate[j]) * x[j] + du * b[j];
     }
   }
   block.store_state(x, summaries.states, interval.slot);
-  if (block.is_valid && threadIdx.x % LANES == 0) {
+  if (block.is_first_lane()) {
     summaries.steps[interval.slot * in.shape.num_channels + channels.first + block.channel] = steps;
   }
 }
@@ -70,80 +68,69 @@ static __global__ void __launch_bounds__(kScanThreads)
   const ScanStateThread at(shape);
   const Sequence seq = find_sequence(shape.sequences, p.in.cu_seqlens, at.seq_idx);
   if (!at.is_valid) return;
-  const float rate = static_cast<const float*>(p.in.a)[at.offset] * kLog2e;
   float x = p.initial_state != nullptr ? static_cast<const float*>(p.initial_state)[at.index] : 0.f;
   if (seq.num_tokens == 0 && p.final_state != nullptr) static_cast<float*>(p.final_state)[at.index] = x;
-
   const int64_t first_slot = first_scan_slot(seq.first_token, at.seq_idx);
   const int64_t num_intervals = (seq.num_tokens + kScanInterval - 1) / kScanInterval;
-  for (int64_t i = 0; i < num_intervals; ++i) {
-    float* state = summaries.states + (first_slot + i) * at.per_seq + at.offset;
-    const bool is_last = i == num_intervals - 1;
-    const float added = is_last ? 0.f : *state;
-    const float steps = is_last ? 0.f : summaries.steps[(first_slot + i) * shape.num_channels + at.channel];
-    *state = x;
-    x = exp2f(steps * rate) * x + added;
-  }
+  combine_intervals(at, shape, static_cast<const float*>(p.in.a), first_slot, num_intervals, 1, summaries.states,
+                    summaries.steps, x);
 }
 
-template <typename T, int LANES>
-__global__ void __launch_bounds__(kScanThreads, 4)
+template <typename T, class Traits>
+__global__ void __launch_bounds__(kScanThreads, Traits::FWD_CTAS)
     selective_scan_fwd_kernel(const __grid_constant__ SelectiveScanFwdParams p, const float* gmem_states,
                               const int64_t num_channel_blocks) {
-  using Block = ScanBlock<T, LANES>;
-  using Traits = ScanTraits<LANES>;
+  constexpr int LD = Traits::LD, LANE_STATES = Traits::LANE_STATES;
   const SelectiveScanInputs& in = p.in;
-  __shared__ float smem_u[kTileTokens * Traits::LD], smem_delta[kTileTokens * Traits::LD],
-      smem_dt[kTileTokens * Traits::LD], smem_z[kTileTokens * Traits::LD], smem_y[kTileTokens * Traits::LD];
-  __shared__ __align__(16) float smem_b[kTileTokens * Traits::LD_STATES], smem_c[kTileTokens * Traits::LD_STATES];
+  __shared__ float smem_u[kTileTokens * LD], smem_delta[kTileTokens * LD], smem_z[kTileTokens * LD];
+  __shared__ __align__(16) float smem_b[kTileTokens * Traits::STATES], smem_c[kTileTokens * Traits::STATES];
 
   const ScanInterval interval = find_interval(in, blockIdx.x / num_channel_blocks);
   if (interval.num_tokens == 0) return;
-  const ScanChannelBlock channels = find_channel_block<LANES>(in.shape, blockIdx.x % num_channel_blocks);
-  const Block block(in, interval, channels);
+  const ScanChannelBlock channels = find_channel_block<Traits::CHANNELS>(in.shape, blockIdx.x % num_channel_blocks);
+  const ScanBlock<T, Traits> block(in, interval, channels);
   const float skip = block.channel_value(in.skip);
 
-  float x[kStatesPerLane];
+  float x[LANE_STATES];
   if (interval.chunk_idx == 0) {
     block.load_state(p.initial_state, interval.seq_idx, x);
     if (p.saved_states != nullptr) block.store_state(x, p.saved_states, interval.slot);
   } else {
     block.load_state(gmem_states, interval.slot, x);
   }
+#pragma unroll 1
   for (int first = 0; first < interval.num_tokens; first += kTileTokens) {
     __syncthreads();
-    block.load_channels(in.u, in.u_stride, first, smem_u);
-    block.load_channels(in.delta, in.delta_stride, first, smem_delta);
-    if (in.z != nullptr) block.load_channels(in.z, in.z_stride, first, smem_z);
+    block.load(in.u, in.u_stride, first, smem_u);
+    block.load(in.delta, in.delta_stride, first, smem_delta);
+    if (in.z != nullptr) block.load(in.z, in.z_stride, first, smem_z);
     block.load_map(in.b, in.b_stride, first, smem_b);
     block.load_map(in.c, in.c_stride, first, smem_c);
     __syncthreads();
-    block.make_steps(first, smem_delta, smem_dt);
-    __syncthreads();
-#pragma unroll 4
+    const int num_tokens = min(interval.num_tokens - first, kTileTokens);
+#pragma unroll Traits::UNROLL
     for (int t = 0; t < kTileTokens; ++t) {
-      const int at = t * Traits::LD + block.channel;
-      const float u = smem_u[at], dt = smem_dt[at], du = dt * u;
-      const float4 b = *reinterpret_cast<const float4*>(smem_b + t * Traits::LD_STATES + block.first_state);
-      const float4 c = *reinterpret_cast<const float4*>(smem_c + t * Traits::LD_STATES + block.first_state);
-      const float b_of[kStatesPerLane] = {b.x, b.y, b.z, b.w}, c_of[kStatesPerLane] = {c.x, c.y, c.z, c.w};
-      float y = 0.f;
+      const int at = t * LD + block.channel;
+      // Behind the last token a step of zero keeps the state.
+      const float u = smem_u[at], dt = t < num_tokens ? block.step_of(smem_delta[at]) : 0.f, du = dt * u;
+      float b[LANE_STATES], c[LANE_STATES], y = 0.f;
+      block.read_map(smem_b, t, b);
+      block.read_map(smem_c, t, c);
 #pragma unroll
-      for (int j = 0; j < kStatesPerLane; ++j) {
-        x[j] = exp2f(dt * block.rate[j]) * x[j] + du * b_of[j];
-        y += x[j] * c_of[j];
+      for (int j = 0; j < LANE_STATES; ++j) {
+        x[j] = exp2_approx(dt * block.rate[j]) * x[j] + du * b[j];
+        y += x[j] * c[j];
       }
-      y = warp_sum<LANES>(y) + skip * u;
-      if (threadIdx.x % LANES == 0) {
-        if (in.z != nullptr) {
-          const float z = smem_z[at];
-          y *= z * scan_sigmoid(z);
-        }
-        smem_y[at] = y;
+      y = warp_sum<Traits::LANES>(y) + skip * u;
+      if (in.z != nullptr) {
+        const float z = smem_z[at];
+        y *= z * scan_sigmoid(z);
       }
+      __syncwarp();
+      if (threadIdx.x % Traits::LANES == 0) smem_u[at] = y;
     }
     __syncthreads();
-    block.store_channels(smem_y, first, p.out, p.out_stride);
+    store_channels<kTileTokens, Traits::CHANNELS, T>(smem_u, interval, channels, first, p.out, p.out_stride);
   }
   if (interval.is_last && p.final_state != nullptr) block.store_state(x, p.final_state, interval.seq_idx);
 }
@@ -164,19 +151,19 @@ __global__ void __launch_bounds__(kScanThreads)
 }
 
 /// One token of a sequence and block of channels.
-template <typename T, int LANES>
+template <typename T, class Traits>
 __global__ void __launch_bounds__(kScanThreads)
     selective_scan_step_kernel(const __grid_constant__ SelectiveScanStepParams p, const int64_t num_channel_blocks) {
   const SelectiveScanInputs& in = p.in;
   const int64_t seq_idx = blockIdx.x / num_channel_blocks;
   const ScanInterval interval{seq_idx, seq_idx, 0, seq_idx, 0, 1, 1, true};
-  const ScanChannelBlock channels = find_channel_block<LANES>(in.shape, blockIdx.x % num_channel_blocks);
-  const ScanBlock<T, LANES> block(in, interval, channels);
+  const ScanChannelBlock channels = find_channel_block<Traits::CHANNELS>(in.shape, blockIdx.x % num_channel_blocks);
+  const ScanBlock<T, Traits> block(in, interval, channels);
   const int64_t slot = p.state_indices != nullptr ? p.state_indices[seq_idx] : seq_idx;
   const bool is_skipped = slot < 0 || slot >= p.num_slots;
 
   const auto channel_input = [&](const void* data, const ScanStrides& stride) {
-    const T* src = block.channel_rows(static_cast<const T*>(data), stride, 0);
+    const T* src = channel_tokens(static_cast<const T*>(data), stride, interval, channels, 0);
     return data != nullptr && block.is_valid ? static_cast<float>(src[block.channel * stride.channel]) : 0.f;
   };
   const auto map_input = [&](const void* data, const ScanGroupStrides& stride, int j) {
@@ -184,23 +171,22 @@ __global__ void __launch_bounds__(kScanThreads)
     return block.has_state(j) ? static_cast<float>(src[(block.first_state + j) * stride.state]) : 0.f;
   };
   const float u = channel_input(in.u, in.u_stride);
-  float dt = channel_input(in.delta, in.delta_stride) + block.channel_value(in.delta_bias);
-  dt = in.delta_softplus ? scan_softplus(dt) : dt;
+  const float dt = block.step_of(channel_input(in.delta, in.delta_stride));
 
-  float x[kStatesPerLane], y = 0.f;
+  float x[Traits::LANE_STATES], y = 0.f;
   block.load_state(is_skipped ? nullptr : p.state, slot, x);
 #pragma unroll
-  for (int j = 0; j < kStatesPerLane; ++j) {
-    x[j] = exp2f(dt * block.rate[j]) * x[j] + dt * u * map_input(in.b, in.b_stride, j);
+  for (int j = 0; j < Traits::LANE_STATES; ++j) {
+    x[j] = exp2_approx(dt * block.rate[j]) * x[j] + dt * u * map_input(in.b, in.b_stride, j);
     y += x[j] * map_input(in.c, in.c_stride, j);
   }
-  y = warp_sum<LANES>(y) + block.channel_value(in.skip) * u;
+  y = warp_sum<Traits::LANES>(y) + block.channel_value(in.skip) * u;
   if (in.z != nullptr) {
     const float z = channel_input(in.z, in.z_stride);
     y *= z * scan_sigmoid(z);
   }
   if (!is_skipped) block.store_state(x, p.state, slot);
-  if (block.is_valid && threadIdx.x % LANES == 0) {
+  if (block.is_first_lane()) {
     static_cast<T*>(p.out)[seq_idx * in.shape.num_channels + channels.first + block.channel] =
         static_cast<T>(is_skipped ? 0.f : y);
   }

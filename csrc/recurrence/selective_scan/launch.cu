@@ -30,12 +30,7 @@ ScanWorkspace::ScanWorkspace(const SelectiveScanInputs& in) {
   slots = num_scan_slots(tokens, shape.sequences.num_seqs);
   states = slots * shape.num_channels * shape.state_dim;
   steps = slots * shape.num_channels;
-  map_shares = 0;  // of a number of states that no instantiation serves
-  with_lanes(shape.state_dim, [&](auto lanes) -> Error {
-    const int64_t blocks = shape.num_groups * scan_blocks_per_group<decltype(lanes)::value>(shape);
-    map_shares = blocks * tokens * shape.state_dim;
-    return nullptr;
-  });
+  map_shares = shape.num_groups * scan_blocks_per_group<kBwdChannels>(shape) * tokens * shape.state_dim;
 }
 
 int64_t selective_scan_fwd_workspace(const SelectiveScanFwdParams& params) {

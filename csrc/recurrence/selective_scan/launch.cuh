@@ -1,19 +1,28 @@
 // Launches of one element type, instantiated by launch_<type>.cu.
 #pragma once
-#include <type_traits>
-
 #include "recurrence/selective_scan/launch.h"
 #include "recurrence/selective_scan/scan_tile.cuh"
 
 namespace remora {
 
-/// Calls f with the number of lanes that hold the states of a channel, as a compile-time integer.
+constexpr Error kTooManyStates = "selective_scan on CUDA supports up to 128 states";
+
+/// Calls f with the traits of kernels that walk tokens, a value of a compile-time type.
 template <class F>
-Error with_lanes(int64_t state_dim, F&& f) {
-  if (state_dim <= 4 * kStatesPerLane) return f(std::integral_constant<int, 4>{});
-  if (state_dim <= 16 * kStatesPerLane) return f(std::integral_constant<int, 16>{});
-  if (state_dim <= 32 * kStatesPerLane) return f(std::integral_constant<int, 32>{});
-  return "selective_scan on CUDA supports up to 128 states";
+Error with_walk_traits(int64_t state_dim, F&& f) {
+  if (state_dim <= 16) return f(ScanTraits<1, 16>{});
+  if (state_dim <= 64) return f(ScanTraits<4, 16>{});
+  if (state_dim <= 128) return f(ScanTraits<8, 16>{});
+  return kTooManyStates;
+}
+
+/// Of the step: lanes that hold few states each read and write neighbouring ones.
+template <class F>
+Error with_step_traits(int64_t state_dim, F&& f) {
+  if (state_dim <= 16) return f(ScanTraits<4, 4>{});
+  if (state_dim <= 64) return f(ScanTraits<16, 4>{});
+  if (state_dim <= 128) return f(ScanTraits<32, 4>{});
+  return kTooManyStates;
 }
 
 /// Floats that the passes keep in the workspace, in the order of ScanGradients (bwd_kernel.cuh).

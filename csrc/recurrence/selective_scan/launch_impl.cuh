@@ -15,14 +15,14 @@ class ScanLauncher {
 
   template <class Kernel, class... Args>
   void operator()(Kernel kernel, int64_t num_ctas, const Args&... args) {
-    if (error_ != nullptr || num_ctas == 0) return;
-    if (num_ctas > INT32_MAX) {
-      error_ = "selective_scan on CUDA: too many tokens and channels";
-      return;
-    }
-    kernel<<<static_cast<unsigned>(num_ctas), kScanThreads, 0, stream_>>>(args...);
-    const cudaError_t error = cudaGetLastError();
-    if (error != cudaSuccess) error_ = cudaGetErrorString(error);
+    run(kernel, num_ctas, 0, args...);
+  }
+
+  /// With dynamic shared memory.
+  template <class Kernel, class... Args>
+  void with_smem(Kernel kernel, int64_t num_ctas, int smem_size, const Args&... args) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_size));
+    run(kernel, num_ctas, smem_size, args...);
   }
 
   /// A thread for each of `size`.
@@ -34,6 +34,20 @@ class ScanLauncher {
   Error error() const { return error_; }
 
  private:
+  template <class Kernel, class... Args>
+  void run(Kernel kernel, int64_t num_ctas, int smem_size, const Args&... args) {
+    if (error_ != nullptr || num_ctas == 0) return;
+    if (num_ctas > INT32_MAX) {
+      error_ = "selective_scan on CUDA: too many tokens and channels";
+      return;
+    }
+    kernel<<<static_cast<unsigned>(num_ctas), kScanThreads, smem_size, stream_>>>(args...);
+    check(cudaGetLastError());
+  }
+  void check(cudaError_t error) {
+    if (error_ == nullptr && error != cudaSuccess) error_ = cudaGetErrorString(error);
+  }
+
   cudaStream_t stream_;
   Error error_ = nullptr;
 };
@@ -47,21 +61,21 @@ void clear_uncovered(const SelectiveScanInputs& in, void* data, const ScanStride
 
 template <typename T>
 Error selective_scan_fwd_of(const SelectiveScanFwdParams& p, const Launch& where) {
-  return with_lanes(p.in.shape.state_dim, [&](auto lanes) {
-    constexpr int LANES = decltype(lanes)::value;
+  return with_walk_traits(p.in.shape.state_dim, [&](auto traits) {
+    using Traits = decltype(traits);
     ScanLauncher launch(where);
     const ScanWorkspace sizes(p.in);
-    const int64_t num_channel_blocks = p.in.shape.num_groups * scan_blocks_per_group<LANES>(p.in.shape);
+    const int64_t num_channel_blocks = p.in.shape.num_groups * scan_blocks_per_group<Traits::CHANNELS>(p.in.shape);
     ScanSummaries summaries{static_cast<float*>(p.saved_states), static_cast<float*>(p.workspace)};
     if (summaries.states == nullptr) summaries.states = summaries.steps + sizes.steps;
     clear_uncovered<T>(p.in, p.out, p.out_stride, launch);
     if (p.in.cu_seqlens != nullptr || p.in.shape.sequences.seqlen > kScanInterval) {
-      launch(selective_scan_summary_kernel<T, LANES>, sizes.slots * num_channel_blocks, p.in, summaries,
+      launch(selective_scan_summary_kernel<T, Traits>, sizes.slots * num_channel_blocks, p.in, summaries,
              num_channel_blocks);
       launch(selective_scan_combine_kernel, p.in.shape.sequences.num_seqs * ScanStateThread::ctas_per_seq(p.in.shape),
              p, summaries);
     }
-    launch(selective_scan_fwd_kernel<T, LANES>, sizes.slots * num_channel_blocks, p,
+    launch(selective_scan_fwd_kernel<T, Traits>, sizes.slots * num_channel_blocks, p,
            static_cast<const float*>(summaries.states), num_channel_blocks);
     return launch.error();
   });
@@ -69,11 +83,12 @@ Error selective_scan_fwd_of(const SelectiveScanFwdParams& p, const Launch& where
 
 template <typename T>
 Error selective_scan_bwd_of(const SelectiveScanBwdParams& p, const Launch& where) {
-  return with_lanes(p.in.shape.state_dim, [&](auto lanes) {
-    constexpr int LANES = decltype(lanes)::value;
+  return with_walk_traits(p.in.shape.state_dim, [&](auto traits) {
+    using Traits = decltype(traits);
     ScanLauncher launch(where);
     const ScanWorkspace sizes(p.in);
-    const int64_t blocks_per_group = scan_blocks_per_group<LANES>(p.in.shape);
+    const int64_t num_walk_blocks = p.in.shape.num_groups * scan_blocks_per_group<Traits::CHANNELS>(p.in.shape);
+    const int64_t blocks_per_group = scan_blocks_per_group<kBwdChannels>(p.in.shape);
     const int64_t num_channel_blocks = p.in.shape.num_groups * blocks_per_group;
     const int64_t total_rows = p.in.shape.sequences.batch * p.in.shape.sequences.seqlen;
     ScanGradients gradients{};
@@ -85,12 +100,13 @@ Error selective_scan_bwd_of(const SelectiveScanBwdParams& p, const Launch& where
 
     for (void* const data : {p.du, p.ddelta, p.dz}) clear_uncovered<T>(p.in, data, p.d_stride, launch);
     if (p.in.cu_seqlens != nullptr || p.in.shape.sequences.seqlen > kScanInterval) {
-      launch(selective_scan_bwd_summary_kernel<T, LANES>, sizes.slots * num_channel_blocks, p, gradients,
-             num_channel_blocks);
+      launch(selective_scan_bwd_summary_kernel<T, Traits>, sizes.slots * num_walk_blocks, p, gradients,
+             num_walk_blocks);
     }
     launch(selective_scan_bwd_combine_kernel, p.in.shape.sequences.num_seqs * ScanStateThread::ctas_per_seq(p.in.shape),
            p, gradients);
-    launch(selective_scan_bwd_kernel<T, LANES>, sizes.slots * num_channel_blocks, p, gradients, num_channel_blocks);
+    launch.with_smem(selective_scan_bwd_kernel<T>, sizes.slots * num_channel_blocks, int{sizeof(ScanBwdSmem)}, p,
+                     gradients, num_channel_blocks);
     launch.each(selective_scan_bwd_map_kernel<T>, total_rows * p.in.shape.num_groups * p.in.shape.state_dim, p,
                 gradients, blocks_per_group);
     launch.each(selective_scan_bwd_channel_kernel, p.in.shape.num_channels * (p.in.shape.state_dim + 2), p, gradients,
@@ -101,11 +117,11 @@ Error selective_scan_bwd_of(const SelectiveScanBwdParams& p, const Launch& where
 
 template <typename T>
 Error selective_scan_step_of(const SelectiveScanStepParams& p, const Launch& where) {
-  return with_lanes(p.in.shape.state_dim, [&](auto lanes) {
-    constexpr int LANES = decltype(lanes)::value;
+  return with_step_traits(p.in.shape.state_dim, [&](auto traits) {
+    using Traits = decltype(traits);
     ScanLauncher launch(where);
-    const int64_t num_channel_blocks = p.in.shape.num_groups * scan_blocks_per_group<LANES>(p.in.shape);
-    launch(selective_scan_step_kernel<T, LANES>, p.in.shape.sequences.num_seqs * num_channel_blocks, p,
+    const int64_t num_channel_blocks = p.in.shape.num_groups * scan_blocks_per_group<Traits::CHANNELS>(p.in.shape);
+    launch(selective_scan_step_kernel<T, Traits>, p.in.shape.sequences.num_seqs * num_channel_blocks, p,
            num_channel_blocks);
     return launch.error();
   });

@@ -1,12 +1,14 @@
 // What the kernels of the selective scan share: where the tokens of an interval lie, and tiles of them in shared
 // memory.
 //
-// A CTA owns CHANNELS channels of one group; LANES neighbouring lanes share a channel and hold kStatesPerLane of its
-// states each, in registers. Tokens come in tiles of kTileTokens, converted to float on their way to shared memory.
+// A CTA owns CHANNELS channels of one group. In the kernels that walk tokens one by one LANES neighbouring lanes share
+// a channel and hold LANE_STATES of its states each, in registers. Tiles of tokens are converted to float on their way
+// to shared memory.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "common/math.cuh"
 #include "common/reduce.cuh"
 #include "recurrence/selective_scan/params.h"
 #include "recurrence/sequence.cuh"
@@ -15,18 +17,25 @@ namespace remora {
 
 constexpr int kScanThreads = 128;
 constexpr int kTileTokens = 16;
-constexpr int kStatesPerLane = 4;
+// Of the backward kernel: what a lane holds, the lanes that share a channel, the channels of a CTA, and the states of B
+// and C that are in shared memory at a time.
+constexpr int kRunTokens = 8, kRunChannels = 2;
+constexpr int kRunLanes = kScanInterval / kRunTokens;
+constexpr int kBwdChannels = kScanThreads / kRunLanes * kRunChannels;
+constexpr int kStageStates = 8;
 constexpr float kLog2e = 1.44269504f;
 constexpr float kLn2 = 0.693147181f;
 static_assert(kScanInterval % kTileTokens == 0);
 
-template <int LANES>
+template <int LANES_, int LANE_STATES_>
 struct ScanTraits {
-  static constexpr int CHANNELS = kScanThreads / LANES;
-  static constexpr int STATES = LANES * kStatesPerLane;
+  static constexpr int LANES = LANES_, LANE_STATES = LANE_STATES_;
+  static constexpr int CHANNELS = kScanThreads / LANES, STATES = LANES * LANE_STATES;
+  // CTAs of a multiprocessor that leave registers enough.
+  static constexpr int SUMMARY_CTAS = LANES == 1 ? 5 : 3, FWD_CTAS = LANES == 1 ? 5 : 3;
+  static constexpr int UNROLL = LANES == 1 ? 4 : 2;  // tokens
   // One more than a power of two: a column is read and written without bank conflicts, too.
   static constexpr int LD = CHANNELS + 1;
-  static constexpr int LD_STATES = STATES + 4;  // keeps rows 16-byte aligned
 };
 
 /// An interval of a sequence, in scan order.
@@ -75,140 +84,227 @@ struct ScanStateThread {
   }
 };
 
+/// Walks the intervals of a sequence, from its first slot or, with step -1, from its last: replaces what each adds to
+/// `carried` by what reaches it. What the last interval walked would add is never written.
+__device__ __forceinline__ void combine_intervals(const ScanStateThread& at, const SelectiveScanShape& shape,
+                                                  const float* gmem_a, int64_t first_slot, int64_t num_intervals,
+                                                  int step, float* states, const float* steps, float carried) {
+  // Read ahead, since a load cannot pass the stores in front of it by itself.
+  constexpr int kAhead = 8;
+  const float rate = gmem_a[at.offset] * kLog2e;
+  int64_t slot = step > 0 ? first_slot : first_slot + num_intervals - 1;
+  for (int64_t i = 0; i < num_intervals; i += kAhead) {
+    float added[kAhead], sums[kAhead];
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) {
+      const bool is_read = i + j < num_intervals - 1;
+      added[j] = is_read ? states[(slot + j * step) * at.per_seq + at.offset] : 0.f;
+      sums[j] = is_read ? steps[(slot + j * step) * shape.num_channels + at.channel] : 0.f;
+    }
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) {
+      if (i + j < num_intervals) states[(slot + j * step) * at.per_seq + at.offset] = carried;
+      carried = exp2_approx(sums[j] * rate) * carried + added[j];
+    }
+    slot += kAhead * step;
+  }
+}
+
 /// The channels of a CTA.
 struct ScanChannelBlock {
   int64_t index, group, first;
   int num_channels;
 };
 
-template <int LANES>
+template <int CHANNELS>
 __host__ __device__ __forceinline__ int64_t scan_blocks_per_group(const SelectiveScanShape& shape) {
-  constexpr int CHANNELS = ScanTraits<LANES>::CHANNELS;
   return (shape.num_channels / shape.num_groups + CHANNELS - 1) / CHANNELS;
 }
 
-template <int LANES>
+template <int CHANNELS>
 __device__ __forceinline__ ScanChannelBlock find_channel_block(const SelectiveScanShape& shape, int64_t index) {
-  constexpr int CHANNELS = ScanTraits<LANES>::CHANNELS;
-  const int64_t per_group = scan_blocks_per_group<LANES>(shape), group_channels = shape.num_channels / shape.num_groups;
+  const int64_t per_group = scan_blocks_per_group<CHANNELS>(shape),
+                group_channels = shape.num_channels / shape.num_groups;
   const int64_t begin = index % per_group * CHANNELS;
   return {index, index / per_group, index / per_group * group_channels + begin,
           static_cast<int>(min(group_channels - begin, int64_t{CHANNELS}))};
 }
 
-/// A [kTileTokens, COLS] matrix of any strides to rows of `ld` floats; zeros beyond num_rows and num_cols. Neighbouring
-/// threads take neighbouring elements of whichever dimension is contiguous.
-template <typename T, int COLS>
+/// Walks a [ROWS, COLS] matrix whose first num_rows rows and num_cols columns exist. Neighbouring threads take
+/// neighbouring rows (ROWS_FIRST) or columns. Calls visit(row, col, exists, address).
+template <int ROWS, int COLS, bool ROWS_FIRST, typename T, typename Visit>
+__device__ __forceinline__ void for_each_element(T* gmem, int64_t stride_row, int64_t stride_col, int num_rows,
+                                                 int num_cols, Visit visit) {
+  constexpr int ROW_STEP = ROWS_FIRST ? 0 : kScanThreads / COLS, COL_STEP = ROWS_FIRST ? kScanThreads / ROWS : 0;
+  static_assert(kScanThreads % ROWS == 0 && kScanThreads % COLS == 0);
+  const int thread_idx = read_thread_idx();
+  const int row = ROWS_FIRST ? thread_idx % ROWS : thread_idx / COLS;
+  const int col = ROWS_FIRST ? thread_idx / ROWS : thread_idx % COLS;
+  gmem += row * stride_row + col * stride_col;
+  const int64_t step = ROW_STEP * stride_row + COL_STEP * stride_col;
+  const bool has_row = row < num_rows, has_col = col < num_cols;
+#pragma unroll
+  for (int i = 0; i < ROWS * COLS / kScanThreads; ++i) {
+    const bool exists =
+        ROWS_FIRST ? has_row && col + i * COL_STEP < num_cols : has_col && row + i * ROW_STEP < num_rows;
+    visit(row + i * ROW_STEP, col + i * COL_STEP, exists, gmem);
+    gmem += step;
+  }
+}
+
+/// Of any strides: along whichever dimension is contiguous.
+template <int ROWS, int COLS, typename T, typename Visit>
+__device__ __forceinline__ void for_each_element(T* gmem, int64_t stride_row, int64_t stride_col, int num_rows,
+                                                 int num_cols, Visit visit) {
+  if (stride_col == 1) {
+    for_each_element<ROWS, COLS, false>(gmem, stride_row, stride_col, num_rows, num_cols, visit);
+  } else {
+    for_each_element<ROWS, COLS, true>(gmem, stride_row, stride_col, num_rows, num_cols, visit);
+  }
+}
+
+/// To rows of `ld` floats; zeros for what does not exist.
+template <int ROWS, int COLS, typename T>
 __device__ __forceinline__ void load_tile(const T* src, int64_t stride_row, int64_t stride_col, int num_rows,
                                           int num_cols, float* smem_tile, int ld) {
-  const bool rows_first = stride_col != 1;
-  for (int i = threadIdx.x; i < kTileTokens * COLS; i += kScanThreads) {
-    const int row = rows_first ? i % kTileTokens : i / COLS, col = rows_first ? i / kTileTokens : i % COLS;
-    smem_tile[row * ld + col] =
-        row < num_rows && col < num_cols ? static_cast<float>(src[row * stride_row + col * stride_col]) : 0.f;
-  }
+  for_each_element<ROWS, COLS>(src, stride_row, stride_col, num_rows, num_cols,
+                               [&](int row, int col, bool exists, const T* gmem) {
+                                 smem_tile[row * ld + col] = exists ? static_cast<float>(*gmem) : 0.f;
+                               });
 }
 
-template <typename T, int COLS>
+template <int ROWS, int COLS, typename T>
 __device__ __forceinline__ void store_tile(const float* smem_tile, int ld, int num_rows, int num_cols, T* dst,
                                            int64_t stride_row, int64_t stride_col) {
-  const bool rows_first = stride_col != 1;
-  for (int i = threadIdx.x; i < kTileTokens * COLS; i += kScanThreads) {
-    const int row = rows_first ? i % kTileTokens : i / COLS, col = rows_first ? i / kTileTokens : i % COLS;
-    if (row < num_rows && col < num_cols) {
-      dst[row * stride_row + col * stride_col] = static_cast<T>(smem_tile[row * ld + col]);
-    }
-  }
+  for_each_element<ROWS, COLS>(dst, stride_row, stride_col, num_rows, num_cols,
+                               [&](int row, int col, bool exists, T* gmem) {
+                                 if (exists) *gmem = static_cast<T>(smem_tile[row * ld + col]);
+                               });
 }
 
-__device__ __forceinline__ float scan_softplus(float x) { return x > 20.f ? x : log1pf(expf(x)); }
-__device__ __forceinline__ float scan_sigmoid(float x) { return 1.f / (1.f + expf(-x)); }
+/// Of token `first` of an interval, first channel of a CTA.
+template <typename Pointer>
+__device__ __forceinline__ Pointer* channel_tokens(Pointer* data, const ScanStrides& stride,
+                                                   const ScanInterval& interval, const ScanChannelBlock& block,
+                                                   int first) {
+  return data + interval.batch * stride.batch + interval.token(first) * stride.token + block.first * stride.channel;
+}
 
-/// A CTA's view of its inputs: the channels' constants in registers, tiles in shared memory.
-template <typename T, int LANES>
+/// Tokens [first, first + ROWS) of an interval, the channels of a CTA; rows of COLS + 1 floats.
+template <int ROWS, int COLS, typename T>
+__device__ __forceinline__ void load_channels(const void* data, const ScanStrides& stride, const ScanInterval& interval,
+                                              const ScanChannelBlock& block, int first, float* smem_tile) {
+  load_tile<ROWS, COLS>(channel_tokens(static_cast<const T*>(data), stride, interval, block, first),
+                        interval.token_step * stride.token, stride.channel, interval.num_tokens - first,
+                        block.num_channels, smem_tile, COLS + 1);
+}
+template <int ROWS, int COLS, typename T>
+__device__ __forceinline__ void store_channels(const float* smem_tile, const ScanInterval& interval,
+                                               const ScanChannelBlock& block, int first, void* data,
+                                               const ScanStrides& stride) {
+  store_tile<ROWS, COLS>(smem_tile, COLS + 1, interval.num_tokens - first, block.num_channels,
+                         channel_tokens(static_cast<T*>(data), stride, interval, block, first),
+                         interval.token_step * stride.token, stride.channel);
+}
+
+/// max(x, 0) + log1p(w), w = exp(-|x|), where log1p(w) = 2 atanh(w / (2 + w)), a polynomial to 4e-9.
+__device__ __forceinline__ float scan_softplus(float x) {
+  const float w = exp2_approx(-kLog2e * fabsf(x)), s = w * rcp_approx(2.f + w), q = s * s;
+  const float series = (((0.281746745f * q + 0.279614329f) * q + 0.400248498f) * q + 0.666663170f) * q + 2.f;
+  return fmaxf(x, 0.f) + s * series;
+}
+__device__ __forceinline__ float scan_sigmoid(float x) { return rcp_approx(1.f + exp2_approx(-kLog2e * x)); }
+
+/// A CTA that walks tokens: the constants of a thread's channel in registers, tiles in shared memory.
+template <typename T, class Traits>
 struct ScanBlock {
-  using Traits = ScanTraits<LANES>;
   static constexpr int CHANNELS = Traits::CHANNELS, STATES = Traits::STATES, LD = Traits::LD;
+  static constexpr int LANE_STATES = Traits::LANE_STATES;
 
   const SelectiveScanInputs& in;
   const ScanInterval& interval;
   const ScanChannelBlock& block;
-  int channel, first_state;    // of the thread, within the block
-  bool is_valid;               // whether its channel exists
-  float rate[kStatesPerLane];  // A log2(e)
+  int channel, first_state;  // of the thread, within the block
+  bool is_valid;             // whether its channel exists
+  float rate[LANE_STATES];   // A log2(e)
+  float bias;
 
   __device__ __forceinline__ ScanBlock(const SelectiveScanInputs& inputs, const ScanInterval& tokens,
                                        const ScanChannelBlock& channels)
       : in(inputs), interval(tokens), block(channels) {
-    channel = threadIdx.x / LANES;
-    first_state = threadIdx.x % LANES * kStatesPerLane;
+    channel = threadIdx.x / Traits::LANES;
+    first_state = threadIdx.x % Traits::LANES * LANE_STATES;
     is_valid = channel < block.num_channels;
+    load_state(in.a, 0, rate);
 #pragma unroll
-    for (int j = 0; j < kStatesPerLane; ++j) {
-      const float a = has_state(j) ? static_cast<const float*>(in.a)[state_offset(0) + j] : 0.f;
-      rate[j] = a * kLog2e;
-    }
+    for (int j = 0; j < LANE_STATES; ++j) rate[j] *= kLog2e;
+    bias = channel_value(in.delta_bias);
   }
 
   __device__ __forceinline__ bool has_state(int j) const { return is_valid && first_state + j < in.shape.state_dim; }
+  __device__ __forceinline__ bool is_first_lane() const { return is_valid && threadIdx.x % Traits::LANES == 0; }
 
   /// Of the thread's first state in a [rows, D, N] tensor.
   __device__ __forceinline__ int64_t state_offset(int64_t row) const {
     return (row * in.shape.num_channels + block.first + channel) * in.shape.state_dim + first_state;
   }
+  /// Whether all states of a lane exist and lie in vectors of four.
+  __device__ __forceinline__ bool has_vectors(const void* states) const {
+    return is_valid && in.shape.state_dim % LANE_STATES == 0 && first_state < in.shape.state_dim &&
+           reinterpret_cast<uintptr_t>(states) % sizeof(float4) == 0;
+  }
   __device__ __forceinline__ void load_state(const void* states, int64_t row, float* x) const {
+    const float* src = static_cast<const float*>(states) + state_offset(row);
+    if (states != nullptr && has_vectors(states)) {
 #pragma unroll
-    for (int j = 0; j < kStatesPerLane; ++j) {
-      x[j] = states != nullptr && has_state(j) ? static_cast<const float*>(states)[state_offset(row) + j] : 0.f;
+      for (int j = 0; j < LANE_STATES; j += 4) {
+        const float4 v = *reinterpret_cast<const float4*>(src + j);
+        x[j] = v.x, x[j + 1] = v.y, x[j + 2] = v.z, x[j + 3] = v.w;
+      }
+      return;
     }
+#pragma unroll
+    for (int j = 0; j < LANE_STATES; ++j) x[j] = states != nullptr && has_state(j) ? src[j] : 0.f;
   }
   __device__ __forceinline__ void store_state(const float* x, void* states, int64_t row) const {
+    float* dst = static_cast<float*>(states) + state_offset(row);
+    if (has_vectors(states)) {
 #pragma unroll
-    for (int j = 0; j < kStatesPerLane; ++j) {
-      if (has_state(j)) static_cast<float*>(states)[state_offset(row) + j] = x[j];
+      for (int j = 0; j < LANE_STATES; j += 4) {
+        *reinterpret_cast<float4*>(dst + j) = make_float4(x[j], x[j + 1], x[j + 2], x[j + 3]);
+      }
+      return;
+    }
+#pragma unroll
+    for (int j = 0; j < LANE_STATES; ++j) {
+      if (has_state(j)) dst[j] = x[j];
     }
   }
   __device__ __forceinline__ float channel_value(const void* values) const {
     return values != nullptr && is_valid ? static_cast<const float*>(values)[block.first + channel] : 0.f;
   }
 
-  template <typename Pointer>
-  __device__ __forceinline__ Pointer* channel_rows(Pointer* data, const ScanStrides& stride, int first) const {
-    return data + interval.batch * stride.batch + interval.token(first) * stride.token + block.first * stride.channel;
-  }
-
-  __device__ __forceinline__ int num_rows(int first) const { return min(interval.num_tokens - first, kTileTokens); }
-
-  __device__ __forceinline__ void load_channels(const void* data, const ScanStrides& stride, int first,
-                                                float* smem_tile) const {
-    load_tile<T, CHANNELS>(channel_rows(static_cast<const T*>(data), stride, first), interval.token_step * stride.token,
-                           stride.channel, num_rows(first), block.num_channels, smem_tile, LD);
-  }
-  __device__ __forceinline__ void store_channels(const float* smem_tile, int first, void* data,
-                                                 const ScanStrides& stride) const {
-    store_tile<T, CHANNELS>(smem_tile, LD, num_rows(first), block.num_channels,
-                            channel_rows(static_cast<T*>(data), stride, first), interval.token_step * stride.token,
-                            stride.channel);
+  __device__ __forceinline__ void load(const void* data, const ScanStrides& stride, int first, float* smem_tile) const {
+    load_channels<kTileTokens, CHANNELS, T>(data, stride, interval, block, first, smem_tile);
   }
   __device__ __forceinline__ void load_map(const void* data, const ScanGroupStrides& stride, int first,
                                            float* smem_tile) const {
     const T* src = static_cast<const T*>(data) + interval.batch * stride.batch + interval.token(first) * stride.token +
                    block.group * stride.group;
-    load_tile<T, STATES>(src, interval.token_step * stride.token, stride.state, num_rows(first),
-                         static_cast<int>(in.shape.state_dim), smem_tile, Traits::LD_STATES);
+    load_tile<kTileTokens, STATES>(src, interval.token_step * stride.token, stride.state, interval.num_tokens - first,
+                                   static_cast<int>(in.shape.state_dim), smem_tile, STATES);
   }
-
-  /// The step of each token of a tile, from its logits in `smem_delta`, which get their bias; zero beyond num_rows.
-  __device__ __forceinline__ void make_steps(int first, float* smem_delta, float* smem_dt) const {
-    for (int i = threadIdx.x; i < kTileTokens * CHANNELS; i += kScanThreads) {
-      const int row = i / CHANNELS, col = i % CHANNELS;
-      const float bias = in.delta_bias != nullptr && col < block.num_channels
-                             ? static_cast<const float*>(in.delta_bias)[block.first + col]
-                             : 0.f;
-      const float x = smem_delta[row * LD + col] + bias;
-      smem_delta[row * LD + col] = x;
-      smem_dt[row * LD + col] = row < num_rows(first) ? (in.delta_softplus ? scan_softplus(x) : x) : 0.f;
+  /// The thread's states of token t of a map's tile.
+  __device__ __forceinline__ void read_map(const float* smem_tile, int t, float* v) const {
+#pragma unroll
+    for (int j = 0; j < LANE_STATES; j += 4) {
+      const float4 four = *reinterpret_cast<const float4*>(smem_tile + t * STATES + first_state + j);
+      v[j] = four.x, v[j + 1] = four.y, v[j + 2] = four.z, v[j + 3] = four.w;
     }
+  }
+  __device__ __forceinline__ float step_of(float delta) const {
+    const float logit = delta + bias;
+    return in.delta_softplus ? scan_softplus(logit) : logit;
   }
 };
 

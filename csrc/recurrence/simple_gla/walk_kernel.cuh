@@ -25,6 +25,7 @@
 #include <type_traits>
 
 #include "common/copy.cuh"
+#include "common/math.cuh"
 #include "common/reduce.cuh"
 #include "recurrence/sequence.cuh"
 #include "recurrence/simple_gla/walk.h"

@@ -19,6 +19,7 @@
 #include <cuda_fp16.h>
 
 #include "common/copy.cuh"
+#include "common/math.cuh"
 #include "common/reduce.cuh"
 #include "segment/gather_attention/kernels_launch.h"
 #include "segment/pieces.cuh"

@@ -3,6 +3,7 @@
 #include <type_traits>
 
 #include "common/copy.cuh"
+#include "common/math.cuh"
 #include "common/reduce.cuh"
 #include "common/smem_tile.cuh"
 #include "segment/prefix_attention/params.h"

@@ -54,13 +54,17 @@ __global__ void __launch_bounds__(kScanThreads, Traits::SUMMARY_CTAS)
     if (in.z != nullptr) block.load(in.z, in.z_stride, first, smem_z);
     block.load_map(in.c, in.c_stride, first, smem_c);
     __syncthreads();
-    const int num_tokens = min(interval.num_tokens - first, kTileTokens);
+    block.make_steps(smem_delta, interval.num_tokens - first);
+    if (in.z != nullptr) {
+      block.make_gates(smem_z);
+      block.for_own_tokens(smem_dy, [&](int t, float d_out) { return d_out * smem_z[t * LD + block.channel]; });
+      __syncwarp();
+    }
 #pragma unroll Traits::UNROLL
     for (int t = kTileTokens - 1; t >= 0; --t) {
       const int at = t * LD + block.channel;
-      const float dt = t < num_tokens ? block.step_of(smem_delta[at]) : 0.f;
-      float dy = smem_dy[at], c[LANE_STATES];
-      if (in.z != nullptr) dy *= smem_z[at] * scan_sigmoid(smem_z[at]);
+      const float dt = smem_delta[at], dy = smem_dy[at];
+      float c[LANE_STATES];
       block.read_map(smem_c, t, c);
       steps += dt;
 #pragma unroll
@@ -90,15 +94,22 @@ static __global__ void __launch_bounds__(kScanThreads)
 }
 
 struct ScanBwdSmem {
-  ScanInterval interval;  // here, since registers are scarce
-  ScanChannelBlock block;
   static constexpr int LD = kBwdChannels + 1;
-  static constexpr int LD_MAP = kScanInterval + 4, LD_SUMS = 2 * kScanInterval + 4;  // keep rows 16-byte aligned
-  alignas(16) float b[kStageStates * LD_MAP], c[kStageStates * LD_MAP];              // in the order of run_position
-  alignas(16) float sums[kScanThreads / 32]
-                        [kStageStates * LD_SUMS];  // of dB, then dC, over the channels of a warp; likewise
+  // Keep rows 16-byte aligned.
+  static constexpr int LD_MAP = kScanInterval + 4, LD_SUMS = 2 * kScanInterval + 4;
+
+  // Rows of a state, tokens in the order of run_position; sums are over the channels of a warp, of dB, then dC.
+  alignas(16) float b[kStageStates * LD_MAP];
+  alignas(16) float c[kStageStates * LD_MAP];
+  alignas(16) float sums[kScanThreads / 32][kStageStates * LD_SUMS];
+  // Rows of a token
   float u[kScanInterval * LD], delta[kScanInterval * LD], dy[kScanInterval * LD], z[kScanInterval * LD];
+  // Rows of a state
   float rate[kStageStates * LD], entering[kStageStates * LD], carried[kStageStates * LD], da[kStageStates * LD];
+  float skip[kBwdChannels], bias[kBwdChannels];
+  // Here, since registers are scarce
+  ScanInterval interval;
+  ScanChannelBlock block;
 };
 
 /// Where token t of an interval lies in a row whose lanes read their runs four tokens at a time, without conflicts.
@@ -175,63 +186,79 @@ __global__ void __launch_bounds__(kScanThreads, 3)
   load(in.delta, in.delta_stride, smem.delta);
   load(p.d_out, p.d_out_stride, smem.dy);
   if (in.z != nullptr) load(in.z, in.z_stride, smem.z);
+  if (threadIdx.x < kBwdChannels) {
+    const auto value = [&](const void* values) {
+      const bool exists = values != nullptr && threadIdx.x < block.num_channels;
+      return exists ? static_cast<const float*>(values)[block.first + threadIdx.x] : 0.f;
+    };
+    smem.skip[threadIdx.x] = value(in.skip), smem.bias[threadIdx.x] = value(in.delta_bias);
+  }
   __syncthreads();
 
-  const int lane = threadIdx.x % kRunLanes;
-  const auto channel_of = [](int i) { return static_cast<int>(threadIdx.x) / kRunLanes * kRunChannels + i; };
+  const int lane = threadIdx.x % kRunLanes, first_channel = threadIdx.x / kRunLanes * kRunChannels;
+  const auto channel_of = [&](int i) { return first_channel + i; };
   const auto tile_index = [&](int i, int j) { return (lane * kRunTokens + j) * LD + channel_of(i); };
-  const auto channel_value = [&](const void* values, int i) {
-    return values != nullptr && channel_of(i) < block.num_channels
-               ? static_cast<const float*>(values)[block.first + channel_of(i)]
-               : 0.f;
-  };
 
   // Of the lane's tokens: the step, what it multiplies B by, the gradient of y; then sums over states.
   float dt[kRunChannels][kRunTokens], du[kRunChannels][kRunTokens], dy[kRunChannels][kRunTokens];
   float write[kRunChannels][kRunTokens] = {}, decays[kRunChannels][kRunTokens] = {}, y[kRunChannels][kRunTokens] = {};
   float steps[kRunChannels] = {};
+  const auto for_each_token = [&](auto f) {
 #pragma unroll
-  for (int i = 0; i < kRunChannels; ++i) {
-    const float bias = channel_value(in.delta_bias, i);
+    for (int i = 0; i < kRunChannels; ++i) {
 #pragma unroll
-    for (int j = 0; j < kRunTokens; ++j) {
-      const int at = tile_index(i, j);
-      const float logit = smem.delta[at] + bias;
-      smem.delta[at] = logit;
-      // Behind the last token a step of zero keeps the state and its gradient.
-      dt[i][j] = lane * kRunTokens + j < interval.num_tokens ? (in.delta_softplus ? scan_softplus(logit) : logit) : 0.f;
-      du[i][j] = dt[i][j] * smem.u[at];
-      dy[i][j] = smem.dy[at];
-      if (in.z != nullptr) dy[i][j] *= smem.z[at] * scan_sigmoid(smem.z[at]);
-      steps[i] += dt[i][j];
+      for (int j = 0; j < kRunTokens; ++j) f(i, j, tile_index(i, j));
     }
+  };
+  const auto logit = [&](int i, int at) { return smem.delta[at] + smem.bias[channel_of(i)]; };
+  const auto exists = [&](int j) { return lane * kRunTokens + j < interval.num_tokens; };
+  if (in.delta_softplus) {
+    for_each_token([&](int i, int j, int at) { dt[i][j] = scan_softplus(logit(i, at)); });
+  } else {
+    for_each_token([&](int i, int j, int at) { dt[i][j] = logit(i, at); });
   }
+  for_each_token([&](int i, int j, int at) {
+    // Behind the last token a step of zero keeps the state and its gradient.
+    dt[i][j] = exists(j) ? dt[i][j] : 0.f;
+    du[i][j] = dt[i][j] * smem.u[at];
+    dy[i][j] = smem.dy[at];
+    steps[i] += dt[i][j];
+  });
+  if (in.z != nullptr) for_each_token([&](int i, int j, int at) { dy[i][j] *= smem.z[at] * scan_sigmoid(smem.z[at]); });
 
-  const int64_t total_rows = in.shape.sequences.batch * in.shape.sequences.seqlen;
   const auto load_map = [&](const void* data, const ScanGroupStrides& stride, int first_state, float* smem_map) {
     const T* src = static_cast<const T*>(data) + interval.batch * stride.batch + interval.token(0) * stride.token +
                    block.group * stride.group + first_state * stride.state;
     for_each_element<kScanInterval, kStageStates>(
         src, interval.token_step * stride.token, stride.state, interval.num_tokens,
         min(state_dim - first_state, kStageStates), [&](int t, int n, bool exists, const T* gmem) {
-          smem_map[n * LD_MAP + run_position(t)] = exists ? static_cast<float>(*gmem) : 0.f;
+          smem_map[n * LD_MAP + run_position(t)] = static_cast<float>(exists ? *gmem : T(0.f));
         });
   };
 #pragma unroll 1
   for (int first_state = 0; first_state < state_dim; first_state += kStageStates) {
     const int num_states = min(state_dim - first_state, kStageStates);
+    // Of [rows, N] from row `first`, one for each channel.
+    const auto for_each_state = [&](auto* gmem, int64_t first, auto visit) {
+      for_each_element<kBwdChannels, kStageStates, false>(gmem + first * state_dim + first_state, state_dim, 1,
+                                                          block.num_channels, num_states, visit);
+    };
+    const auto load_states = [&](const void* src, int64_t first, float* smem_states, float factor) {
+      for_each_state(static_cast<const float*>(src), first, [&](int channel, int n, bool exists, const float* gmem) {
+        smem_states[n * LD + channel] = exists ? *gmem * factor : 0.f;
+      });
+    };
+    const auto store_states = [&](float* dst, int64_t first, const float* smem_states) {
+      for_each_state(dst, first, [&](int channel, int n, bool exists, float* gmem) {
+        if (exists) *gmem = smem_states[n * LD + channel];
+      });
+    };
     __syncthreads();
     load_map(in.b, in.b_stride, first_state, smem.b);
     load_map(in.c, in.c_stride, first_state, smem.c);
-#pragma unroll
-    for (int i = read_thread_idx(); i < kStageStates * kBwdChannels; i += kScanThreads) {
-      const int n = i % kStageStates, channel = i / kStageStates, to = n * LD + channel;
-      const bool exists = n < num_states && channel < block.num_channels;
-      const int offset = channel * state_dim + first_state + n;
-      smem.rate[to] = exists ? static_cast<const float*>(in.a)[block.first * state_dim + offset] * kLog2e : 0.f;
-      smem.entering[to] = exists ? static_cast<const float*>(p.saved_states)[first_row() * state_dim + offset] : 0.f;
-      smem.carried[to] = exists ? gradients.states[first_row() * state_dim + offset] : 0.f;
-    }
+    load_states(in.a, block.first, smem.rate, kLog2e);
+    load_states(p.saved_states, first_row(), smem.entering, 1.f);
+    load_states(gradients.states, first_row(), smem.carried, 1.f);
     __syncthreads();
 
 #pragma unroll 1
@@ -291,53 +318,53 @@ __global__ void __launch_bounds__(kScanThreads, 3)
     __syncthreads();
 
     // Over the warps, in order.
+    const auto store_map = [&](int first_sum, float* share) {
+      const RecurrenceShape& shape = in.shape.sequences;
+      const int64_t row = (block.index * shape.batch + interval.batch) * shape.seqlen + interval.token(0);
+      share += row * state_dim + first_state;
+      for_each_element<kScanInterval, kStageStates, false>(
+          share, interval.token_step * state_dim, 1, interval.num_tokens, num_states,
+          [&](int t, int n, bool exists, float* gmem) {
+            float total = 0.f;
 #pragma unroll
-    for (int i = read_thread_idx(); i < 2 * kScanInterval * kStageStates; i += kScanThreads) {
-      const int n = i % kStageStates, t = i / kStageStates % kScanInterval, is_dc = i / kStageStates / kScanInterval;
-      if (n >= num_states || t >= interval.num_tokens) continue;
-      float total = 0.f;
-#pragma unroll
-      for (int warp = 0; warp < kScanThreads / 32; ++warp) {
-        total += smem.sums[warp][n * LD_SUMS + is_dc * kScanInterval + run_position(t)];
-      }
-      const int64_t row = interval.batch * in.shape.sequences.seqlen + interval.token(t);
-      float* share = is_dc ? gradients.dc : gradients.db;
-      share[(block.index * total_rows + row) * state_dim + first_state + n] = total;
-    }
-    for (int i = read_thread_idx(); i < kStageStates * kBwdChannels; i += kScanThreads) {
-      const int n = i % kStageStates, channel = i / kStageStates, offset = channel * state_dim + first_state + n;
-      if (n >= num_states || channel >= block.num_channels) continue;
-      gradients.da[first_row() * state_dim + offset] = smem.da[n * LD + channel];
-      if (p.d_initial_state != nullptr && interval.chunk_idx == 0) {
-        static_cast<float*>(p.d_initial_state)[(interval.seq_idx * num_channels + block.first) * state_dim + offset] =
-            smem.carried[n * LD + channel];
-      }
+            for (int warp = 0; warp < kScanThreads / 32; ++warp) {
+              total += smem.sums[warp][n * LD_SUMS + first_sum + run_position(t)];
+            }
+            if (exists) *gmem = total;
+          });
+    };
+    store_map(0, gradients.db);
+    store_map(kScanInterval, gradients.dc);
+    store_states(gradients.da, first_row(), smem.da);
+    if (p.d_initial_state != nullptr && interval.chunk_idx == 0) {
+      store_states(static_cast<float*>(p.d_initial_state), interval.seq_idx * num_channels + block.first, smem.carried);
     }
   }
 
+  // smem.u takes du, smem.delta ddelta, smem.z dz.
+  if (in.z != nullptr) {
+    for_each_token([&](int i, int j, int at) {
+      const float z = smem.z[at], gate = scan_sigmoid(z);
+      smem.z[at] = smem.dy[at] * (y[i][j] + smem.skip[channel_of(i)] * smem.u[at]) * gate * (1.f + z * (1.f - gate));
+    });
+  }
+  for_each_token([&](int i, int j, int at) { decays[i][j] = decays[i][j] * kLn2 + smem.u[at] * write[i][j]; });
+  if (in.delta_softplus) {
+    for_each_token([&](int i, int j, int at) { decays[i][j] *= scan_sigmoid(logit(i, at)); });
+  }
+  float dskip[kRunChannels] = {}, dbias[kRunChannels] = {};
+  for_each_token([&](int i, int j, int at) {
+    dskip[i] += dy[i][j] * smem.u[at];
+    dbias[i] += exists(j) ? decays[i][j] : 0.f;
+    smem.u[at] = smem.skip[channel_of(i)] * dy[i][j] + dt[i][j] * write[i][j];
+    smem.delta[at] = decays[i][j];
+  });
 #pragma unroll
   for (int i = 0; i < kRunChannels; ++i) {
-    const float skip = channel_value(in.skip, i);
-    float dskip = 0.f, dbias = 0.f;
-#pragma unroll
-    for (int j = 0; j < kRunTokens; ++j) {
-      const int at = tile_index(i, j);
-      const float u = smem.u[at], logit = smem.delta[at];
-      float ddelta = decays[i][j] * kLn2 + u * write[i][j];
-      if (in.delta_softplus) ddelta *= scan_sigmoid(logit);
-      dskip += dy[i][j] * u;
-      dbias += lane * kRunTokens + j < interval.num_tokens ? ddelta : 0.f;
-      smem.u[at] = skip * dy[i][j] + dt[i][j] * write[i][j];
-      smem.delta[at] = ddelta;
-      if (in.z != nullptr) {
-        const float z = smem.z[at], gate = scan_sigmoid(z);
-        smem.z[at] = smem.dy[at] * (y[i][j] + skip * u) * gate * (1.f + z * (1.f - gate));
-      }
-    }
-    dskip = warp_sum<kRunLanes>(dskip), dbias = warp_sum<kRunLanes>(dbias);
+    const float skip_sum = warp_sum<kRunLanes>(dskip[i]), bias_sum = warp_sum<kRunLanes>(dbias[i]);
     if (lane == 0 && channel_of(i) < block.num_channels) {
-      gradients.dskip[first_row() + channel_of(i)] = dskip;
-      gradients.ddelta_bias[first_row() + channel_of(i)] = dbias;
+      gradients.dskip[first_row() + channel_of(i)] = skip_sum;
+      gradients.ddelta_bias[first_row() + channel_of(i)] = bias_sum;
     }
   }
   __syncthreads();

@@ -44,9 +44,10 @@ __global__ void __launch_bounds__(kScanThreads, Traits::SUMMARY_CTAS)
     block.load(in.delta, in.delta_stride, first, smem_delta);
     block.load_map(in.b, in.b_stride, first, smem_b);
     __syncthreads();
+    block.make_steps(smem_delta, kTileTokens);
 #pragma unroll Traits::UNROLL
     for (int t = 0; t < kTileTokens; ++t) {
-      const float dt = block.step_of(smem_delta[t * LD + block.channel]), du = dt * smem_u[t * LD + block.channel];
+      const float dt = smem_delta[t * LD + block.channel], du = dt * smem_u[t * LD + block.channel];
       float b[LANE_STATES];
       block.read_map(smem_b, t, b);
       steps += dt;
@@ -107,12 +108,12 @@ __global__ void __launch_bounds__(kScanThreads, Traits::FWD_CTAS)
     block.load_map(in.b, in.b_stride, first, smem_b);
     block.load_map(in.c, in.c_stride, first, smem_c);
     __syncthreads();
-    const int num_tokens = min(interval.num_tokens - first, kTileTokens);
+    block.make_steps(smem_delta, interval.num_tokens - first);
+    if (in.z != nullptr) block.make_gates(smem_z);
 #pragma unroll Traits::UNROLL
     for (int t = 0; t < kTileTokens; ++t) {
       const int at = t * LD + block.channel;
-      // Behind the last token a step of zero keeps the state.
-      const float u = smem_u[at], dt = t < num_tokens ? block.step_of(smem_delta[at]) : 0.f, du = dt * u;
+      const float u = smem_u[at], dt = smem_delta[at], du = dt * u;
       float b[LANE_STATES], c[LANE_STATES], y = 0.f;
       block.read_map(smem_b, t, b);
       block.read_map(smem_c, t, c);
@@ -122,12 +123,8 @@ __global__ void __launch_bounds__(kScanThreads, Traits::FWD_CTAS)
         y += x[j] * c[j];
       }
       y = warp_sum<Traits::LANES>(y) + skip * u;
-      if (in.z != nullptr) {
-        const float z = smem_z[at];
-        y *= z * scan_sigmoid(z);
-      }
       __syncwarp();
-      if (threadIdx.x % Traits::LANES == 0) smem_u[at] = y;
+      if (threadIdx.x % Traits::LANES == 0) smem_u[at] = in.z != nullptr ? y * smem_z[at] : y;
     }
     __syncthreads();
     store_channels<kTileTokens, Traits::CHANNELS, T>(smem_u, interval, channels, first, p.out, p.out_stride);

@@ -32,7 +32,7 @@ struct ScanTraits {
   static constexpr int LANES = LANES_, LANE_STATES = LANE_STATES_;
   static constexpr int CHANNELS = kScanThreads / LANES, STATES = LANES * LANE_STATES;
   // CTAs of a multiprocessor that leave registers enough.
-  static constexpr int SUMMARY_CTAS = LANES == 1 ? 5 : 3, FWD_CTAS = LANES == 1 ? 5 : 3;
+  static constexpr int SUMMARY_CTAS = LANES == 1 ? 5 : 3, FWD_CTAS = LANES == 1 ? 4 : 3;
   static constexpr int UNROLL = LANES == 1 ? 4 : 2;  // tokens
   // One more than a power of two: a column is read and written without bank conflicts, too.
   static constexpr int LD = CHANNELS + 1;
@@ -137,18 +137,18 @@ __device__ __forceinline__ void for_each_element(T* gmem, int64_t stride_row, in
                                                  int num_cols, Visit visit) {
   constexpr int ROW_STEP = ROWS_FIRST ? 0 : kScanThreads / COLS, COL_STEP = ROWS_FIRST ? kScanThreads / ROWS : 0;
   static_assert(kScanThreads % ROWS == 0 && kScanThreads % COLS == 0);
-  const int thread_idx = read_thread_idx();
+  const uint32_t thread_idx = read_thread_idx();
   const int row = ROWS_FIRST ? thread_idx % ROWS : thread_idx / COLS;
   const int col = ROWS_FIRST ? thread_idx / ROWS : thread_idx % COLS;
-  gmem += row * stride_row + col * stride_col;
-  const int64_t step = ROW_STEP * stride_row + COL_STEP * stride_col;
+  gmem = hide_origin(gmem + row * stride_row + col * stride_col);
+  const int64_t step = ROWS_FIRST ? COL_STEP * stride_col : ROW_STEP * stride_row;
   const bool has_row = row < num_rows, has_col = col < num_cols;
 #pragma unroll
   for (int i = 0; i < ROWS * COLS / kScanThreads; ++i) {
     const bool exists =
         ROWS_FIRST ? has_row && col + i * COL_STEP < num_cols : has_col && row + i * ROW_STEP < num_rows;
     visit(row + i * ROW_STEP, col + i * COL_STEP, exists, gmem);
-    gmem += step;
+    gmem = hide_origin(gmem + step);
   }
 }
 
@@ -169,7 +169,7 @@ __device__ __forceinline__ void load_tile(const T* src, int64_t stride_row, int6
                                           int num_cols, float* smem_tile, int ld) {
   for_each_element<ROWS, COLS>(src, stride_row, stride_col, num_rows, num_cols,
                                [&](int row, int col, bool exists, const T* gmem) {
-                                 smem_tile[row * ld + col] = exists ? static_cast<float>(*gmem) : 0.f;
+                                 smem_tile[row * ld + col] = static_cast<float>(exists ? *gmem : T(0.f));
                                });
 }
 
@@ -305,6 +305,32 @@ struct ScanBlock {
   __device__ __forceinline__ float step_of(float delta) const {
     const float logit = delta + bias;
     return in.delta_softplus ? scan_softplus(logit) : logit;
+  }
+
+  /// Applies f in place to a tile's values of the thread's channel; its lanes share the tokens.
+  template <typename F>
+  __device__ __forceinline__ void for_own_tokens(float* smem_tile, F f) const {
+#pragma unroll
+    for (int i = 0; i < (kTileTokens + Traits::LANES - 1) / Traits::LANES; ++i) {
+      const int t = i * Traits::LANES + threadIdx.x % Traits::LANES;
+      if (Traits::LANES <= kTileTokens || t < kTileTokens) {
+        float& value = smem_tile[t * LD + channel];
+        value = f(t, value);
+      }
+    }
+  }
+  /// Steps from their logits; behind the last token a step of zero keeps the state.
+  __device__ __forceinline__ void make_steps(float* smem_delta, int num_tokens) const {
+    if (in.delta_softplus) {
+      for_own_tokens(smem_delta, [&](int t, float x) { return t < num_tokens ? scan_softplus(x + bias) : 0.f; });
+    } else {
+      for_own_tokens(smem_delta, [&](int t, float x) { return t < num_tokens ? x + bias : 0.f; });
+    }
+    __syncwarp();
+  }
+  __device__ __forceinline__ void make_gates(float* smem_z) const {
+    for_own_tokens(smem_z, [](int, float z) { return z * scan_sigmoid(z); });
+    __syncwarp();
   }
 };
 

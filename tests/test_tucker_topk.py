@@ -163,4 +163,17 @@ def test_compile():
     x = inputs()
     have = torch.compile(lambda *x: ops.tucker_topk(*x, 4), fullgraph=True, backend="aot_eager")(*x)
     assert all(torch.equal(a, b) for a, b in zip(have, ops.tucker_topk(*x, 4), strict=True))
-    torch.library.opcheck(torch.ops.remora.tucker_select.default, (torch.randn(3, 2, 2, 2, 7), integers(2, 2, 2), 5, 4))
+    index = torch.randint(20, (5, 2, 2, 7), dtype=torch.int32)
+    arguments = (x[0], x[1].movedim(-1, 2).contiguous(), index, x[2].sum(0), 5, 4)
+    torch.library.opcheck(torch.ops.remora.tucker_select.default, arguments)
+
+
+def test_sub_keys_outside_the_table_score_zero():
+    """Only a direct call gets that far."""
+    query, keys, core, _, _ = inputs(T=1, Hq=1, H=1, r=2, n=4, h=1, make=torch.ones)
+    index = torch.tensor([[[[-1, 3, 2**31 - 1], [0, 4, -(2**31)]]]], dtype=torch.int32)
+    by_rank = keys.movedim(-1, 2).contiguous()
+    chosen, sub_scores = torch.ops.remora.tucker_select(query, by_rank, index, core.sum(0), 9, 3)
+    valid = (chosen >= 0) & (chosen < 4)
+    assert valid.any()
+    assert torch.equal(sub_scores, (6.0 * valid).unsqueeze(3).expand(sub_scores.shape))

@@ -104,7 +104,9 @@ STABLE_TORCH_LIBRARY(remora, m) {
   m.def(
       "sub_key_scores_bwd(Tensor query, Tensor keys, Tensor index, Tensor d_scores, int score, float tau, float eps) "
       "-> (Tensor d_query, Tensor d_keys)");
-  m.def("tucker_select(Tensor sub_scores, Tensor core, int topk, int positive) -> Tensor");
+  m.def(
+      "tucker_select(Tensor query, Tensor keys, Tensor index, Tensor core, int topk, int positive) "
+      "-> (Tensor chosen, Tensor sub_scores)");
   m.def(
       "selective_scan_fwd(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
       "Tensor? delta_bias, Tensor? initial_state, Tensor? cu_seqlens, bool delta_softplus, bool reverse, "

@@ -2,7 +2,7 @@
 #include <algorithm>
 
 #include "common/cpu/arena.h"
-#include "common/cpu/simd.h"
+#include "pkm/cpu_sub_key.h"
 #include "pkm/sub_key_scores/cpu.h"
 
 namespace remora::REMORA_CPU_ISA {
@@ -14,22 +14,6 @@ struct SubKeyEntry {
   int32_t key;  // -1 ends the list
   T product, key_square;
 };
-
-/// Rows of ds elements, padded with zeros to whole vectors, in T.
-template <class T>
-int64_t padded_dims(const SubKeyScoresParams& p) {
-  return (p.dims + kWidth<T> - 1) / kWidth<T> * kWidth<T>;
-}
-
-template <class T, class E>
-REMORA_INLINE Vec<T> load_part(const E* row, int64_t d, int64_t dims) {
-  return d + kWidth<T> <= dims ? load<T>(row + d) : load_first<T>(row + d, dims - d);
-}
-
-template <class T, class E>
-void widen(const E* row, int64_t dims, T* to) {
-  for (int64_t d = 0; d < dims; d += kWidth<T>) store<T>(to + d, load_part<T>(row, d, dims));
-}
 
 template <class T, class E>
 void narrow(const T* row, int64_t dims, E* to) {
@@ -43,30 +27,14 @@ void narrow(const T* row, int64_t dims, E* to) {
 }
 
 template <class T>
-struct Products {
-  T product, key_square, distance;
-};
-
-/// <q, K>, <K, K> and |q - K|^2.
-template <class T, class E>
-REMORA_INLINE Products<T> multiply(const T* query, const E* key, int64_t dims) {
-  Vec<T> product{}, square{}, distance{};
-  for (int64_t d = 0; d < dims; d += kWidth<T>) {
-    const Vec<T> q = load<T>(query + d), k = load_part<T>(key, d, dims);
-    product += q * k, square += k * k, distance += (q - k) * (q - k);
-  }
-  return {sum<T>(product), sum<T>(square), sum<T>(distance)};
-}
-
-template <class T>
 struct QueryBuffers {
   T* query;
   T* d_query;
   int32_t* entry_of_key;  // -1: none yet
 
   QueryBuffers(const SubKeyScoresParams& p, Arena& arena)
-      : query(arena.take<T>(padded_dims<T>(p))),
-        d_query(arena.take<T>(padded_dims<T>(p))),
+      : query(arena.take<T>(padded_dims<T>(p.dims))),
+        d_query(arena.take<T>(padded_dims<T>(p.dims))),
         entry_of_key(arena.take<int32_t>(p.num_keys)) {}
 };
 
@@ -153,7 +121,7 @@ void bwd_query(const SubKeyScoresParams& p, int64_t row, void* scratch) {
 template <class T>
 int64_t block_keys(const SubKeyScoresParams& p) {
   constexpr int64_t kBytes = 96 << 10;
-  return std::clamp<int64_t>(kBytes / (padded_dims<T>(p) * static_cast<int64_t>(sizeof(T))), 8, 1024);
+  return std::clamp<int64_t>(kBytes / (padded_dims<T>(p.dims) * static_cast<int64_t>(sizeof(T))), 8, 1024);
 }
 
 template <class T>
@@ -163,9 +131,9 @@ struct KeyBuffers {
   T* row;          // a query, or a sub-key
 
   KeyBuffers(const SubKeyScoresParams& p, Arena& arena)
-      : sums(arena.take<T>(block_keys<T>(p) * padded_dims<T>(p))),
+      : sums(arena.take<T>(block_keys<T>(p) * padded_dims<T>(p.dims))),
         key_squares(arena.take<T>(block_keys<T>(p))),
-        row(arena.take<T>(padded_dims<T>(p))) {}
+        row(arena.take<T>(padded_dims<T>(p.dims))) {}
 };
 
 template <class T>
@@ -184,7 +152,7 @@ template <class T, class E>
 void bwd_keys(const SubKeyScoresParams& p, int64_t group, int64_t first, void* scratch) {
   Arena arena(scratch);
   const KeyBuffers<T> b(p, arena);
-  const int64_t num_keys = std::min(block_keys<T>(p), p.num_keys - first), stride = padded_dims<T>(p);
+  const int64_t num_keys = std::min(block_keys<T>(p), p.num_keys - first), stride = padded_dims<T>(p.dims);
   std::fill(b.sums, b.sums + num_keys * stride, T{0});
   std::fill(b.key_squares, b.key_squares + num_keys, T{0});
   for (int64_t token = 0; token < p.tokens; ++token) {

@@ -4,16 +4,12 @@
 //
 // fwd        a warp owns a row (t, g): a product of the lanes for each of its m sub-keys
 // bwd query  a warp owns a row: distinct sub-keys in order of first appearance, each with the sum of its d_scores, go
-// to
-//            the workspace; d_query is their weighted sum
+//            to the workspace; d_query is their weighted sum
 // bwd keys   a CTA owns 64 sub-keys, 128 channels and a span of tokens: its gradients stay in shared memory while the
 //            tokens pass in order. A warp owns 32 of the channels, so warps need not wait for each other
 // reduce     adds the spans in order
 #pragma once
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include "common/reduce.cuh"
+#include "pkm/sub_key.cuh"
 #include "pkm/sub_key_scores/params.h"
 
 namespace remora {
@@ -32,11 +28,6 @@ struct SubKeyBwdKernelParams {
 };
 
 template <typename T>
-__device__ __forceinline__ float load_float(const T* x) {
-  return static_cast<float>(*x);
-}
-
-template <typename T>
 __global__ void __launch_bounds__(32 * kRowWarps)
     sub_key_scores_fwd_kernel(const __grid_constant__ SubKeyScoresParams p) {
   const int64_t row = int64_t{blockIdx.x} * kRowWarps + threadIdx.x / 32;
@@ -45,15 +36,8 @@ __global__ void __launch_bounds__(32 * kRowWarps)
   const T* query = static_cast<const T*>(p.query) + row * p.dims;
   const T* keys = static_cast<const T*>(p.keys) + row % p.groups * p.num_keys * p.dims;
   for (int64_t m = row * p.chosen; m < (row + 1) * p.chosen; ++m) {
-    const int64_t key = p.index[m];
-    float sum = 0.f;
-    if (key >= 0 && key < p.num_keys) {
-      for (int64_t d = lane_idx; d < p.dims; d += 32) {
-        sum = fmaf(load_float(query + d), load_float(keys + key * p.dims + d), sum);
-      }
-    }
-    sum = warp_sum(sum);
-    if (lane_idx == 0) static_cast<float*>(p.scores)[m] = sum;
+    const float score = sub_key_score(query, keys, p.index[m], p.num_keys, p.dims);
+    if (lane_idx == 0) static_cast<float*>(p.scores)[m] = score;
   }
 }
 

@@ -1,12 +1,16 @@
-// The best pairs of candidate rows and columns under a bilinear form; its m^2 values are never stored.
+// The best pairs of candidate rows and columns under a bilinear form; neither the candidates' scores nor the m^2 values
+// of the form reach device memory.
 //
-//   sub_scores [T, H, 2, r, m]   core [H, r, r]   pairs [T, H, k]   (TuckerSelectParams)
+//   query [T, H, 2, r, ds]   keys [H, 2, r, n, ds]   index [T, H, 2, m]   core [H, r, r]
+//   chosen [T, H, 2, k]   sub_scores [T, H, 2, r, k]   (TuckerSelectParams)
 //
-// Grid: token and head. Pairs lie in order of their ranks; warp w owns a contiguous range of them, so that the order of
-// warps and lanes is theirs. Four maxima a thread bound the k-th value from below; what reaches the bound, seldom much
-// more than k pairs, is sorted. If it is more than fits, the bound is made exact and ties are taken in order.
+// Grid: token and head. A warp at a time scores a candidate. Pairs lie in order of their ranks; warp w owns a
+// contiguous range of them, so that the order of warps and lanes is theirs. Four maxima a thread bound the k-th value
+// from below; what reaches the bound, seldom much more than k pairs, is sorted. If it is more than fits, the bound is
+// made exact and ties are taken in order.
 #pragma once
 #include "common/select.cuh"
+#include "pkm/sub_key.cuh"
 #include "pkm/tucker_select/params.h"
 
 namespace remora {
@@ -46,14 +50,43 @@ struct TuckerForm {
   }
 };
 
+template <typename T, typename Index, typename Store>
+__device__ __forceinline__ void score_sub_keys(const TuckerSelectParams& p, int first, int count, Index index,
+                                               Store store) {
+  const int rank = static_cast<int>(p.rank);
+  const int64_t head = blockIdx.x % p.heads;
+#pragma unroll 4
+  for (int i = threadIdx.x / 32; i < rank * count; i += kTuckerWarps) {
+    const int64_t group = first + i / count;  // of the axes and ranks of a head
+    const T* query = static_cast<const T*>(p.query) + (int64_t{blockIdx.x} * 2 * rank + group) * p.dims;
+    const T* keys = static_cast<const T*>(p.keys) + (head * 2 * rank + group) * p.num_keys * p.dims;
+    const float score = sub_key_score(query, keys, index(i % count), p.num_keys, p.dims);
+    if (threadIdx.x % 32 == 0) store(i / count, i % count, score);
+  }
+}
+
+/// Scores of `count` sub-keys of an axis for every rank: store(rank, i, <query[rank], keys[rank][index(i)]>), on one
+/// lane.
+template <typename Index, typename Store>
+__device__ __forceinline__ void score_axis(const TuckerSelectParams& p, int axis, int count, Index index, Store store) {
+  const int first = axis * static_cast<int>(p.rank);
+  switch (p.dtype) {
+    case DType::kBFloat16:
+      return score_sub_keys<__nv_bfloat16>(p, first, count, index, store);
+    case DType::kFloat16:
+      return score_sub_keys<__half>(p, first, count, index, store);
+    default:
+      return score_sub_keys<float>(p, first, count, index, store);
+  }
+}
+
 template <int RANK>
-__global__ void __launch_bounds__(kTuckerThreads, 4)
+__global__ void __launch_bounds__(kTuckerThreads, 3)
     tucker_select_kernel(const __grid_constant__ TuckerSelectParams p, int capacity) {
   const int warp_idx = threadIdx.x / 32, lane_idx = threadIdx.x % 32;
   const int num_candidates = static_cast<int>(p.candidates), topk = static_cast<int>(p.topk);
   const int num_pairs = static_cast<int>(p.num_pairs()), rank = static_cast<int>(p.rank);
-  const float* gmem_rows = static_cast<const float*>(p.sub_scores) + int64_t{blockIdx.x} * 2 * rank * num_candidates;
-  const float* gmem_columns = gmem_rows + rank * num_candidates;
+  const int32_t* gmem_index = p.index + int64_t{blockIdx.x} * 2 * num_candidates;
   const float* core = static_cast<const float*>(p.core) + blockIdx.x % p.heads * rank * rank;
 
   extern __shared__ __align__(16) uint8_t smem[];
@@ -63,15 +96,27 @@ __global__ void __launch_bounds__(kTuckerThreads, 4)
   __shared__ int32_t smem_counts[kTuckerWarps + 1];
   __shared__ int32_t smem_equal[kTuckerWarps + 1];
 
+  // The ranks that there are not score zero.
+  for (int i = threadIdx.x; i < num_candidates * RANK; i += kTuckerThreads) smem_weights[i] = smem_columns[i] = 0.f;
+  __syncthreads();
+#pragma unroll 1
+  for (int axis = 0; axis < 2; ++axis) {
+    float* smem_axis = axis == 0 ? smem_weights : smem_columns;
+    score_axis(
+        p, axis, num_candidates, [&](int i) { return gmem_index[axis * num_candidates + i]; },
+        [&](int r, int i, float score) { smem_axis[i * RANK + r] = score; });
+  }
+  __syncthreads();
   for (int i = threadIdx.x; i < num_candidates; i += kTuckerThreads) {
+    float row[RANK];
+#pragma unroll
+    for (int r = 0; r < RANK; ++r) row[r] = smem_weights[i * RANK + r];
 #pragma unroll
     for (int s = 0; s < RANK; ++s) {
       float weight = 0.f;
-      for (int r = 0; s < rank && r < rank; ++r) {
-        weight = fmaf(gmem_rows[r * num_candidates + i], core[r * rank + s], weight);
-      }
+#pragma unroll
+      for (int r = 0; r < RANK; ++r) weight = s < rank && r < rank ? fmaf(row[r], core[r * rank + s], weight) : weight;
       smem_weights[i * RANK + s] = weight;
-      smem_columns[i * RANK + s] = s < rank ? gmem_columns[s * num_candidates + i] : 0.f;
     }
   }
   __syncthreads();
@@ -147,16 +192,28 @@ __global__ void __launch_bounds__(kTuckerThreads, 4)
   if (warp_idx == kTuckerWarps - 1 && lane_idx == 0) smem_counts[kTuckerWarps] = to;
   __syncthreads();
 
-  if (warp_idx != 0) return;
-  const int num_taken = smem_counts[kTuckerWarps];
-  int size = 32;
-  while (size < num_taken) size *= 2;
-  for (int i = num_taken + lane_idx; i < size; i += 32) smem_entries[i] = kNoEntry;
-  __syncwarp();
-  sort_entries(smem_entries, size);
-  for (int m = lane_idx; m < topk; m += 32) {
-    p.pairs[int64_t{blockIdx.x} * topk + m] = tucker_pair(p, position_of_entry(smem_entries[m]));
+  if (warp_idx == 0) {
+    const int num_taken = smem_counts[kTuckerWarps];
+    int size = 32;
+    while (size < num_taken) size *= 2;
+    for (int i = num_taken + lane_idx; i < size; i += 32) smem_entries[i] = kNoEntry;
+    __syncwarp();
+    sort_entries(smem_entries, size);
   }
+  __syncthreads();
+
+  // The weights have taken the place of the rows' scores, so those of the chosen rows are computed again.
+  int32_t* chosen = p.chosen + int64_t{blockIdx.x} * 2 * topk;
+  float* sub_scores = static_cast<float*>(p.sub_scores) + int64_t{blockIdx.x} * 2 * rank * topk;
+  const auto pair_of = [&](int i) { return tucker_pair(p, position_of_entry(smem_entries[i])); };
+  for (int i = threadIdx.x; i < topk; i += kTuckerThreads) {
+    const TuckerPair pair = pair_of(i);
+    chosen[i] = gmem_index[pair.row], chosen[topk + i] = gmem_index[num_candidates + pair.column];
+    for (int r = 0; r < rank; ++r) sub_scores[(rank + r) * topk + i] = smem_columns[pair.column * RANK + r];
+  }
+  score_axis(
+      p, 0, topk, [&](int i) { return gmem_index[pair_of(i).row]; },
+      [&](int r, int i, float score) { sub_scores[r * topk + i] = score; });
 }
 
 }  // namespace remora

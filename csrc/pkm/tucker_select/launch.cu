@@ -23,7 +23,7 @@ Error launch_select(const TuckerSelectParams& p, const Launch& launch) {
 }  // namespace
 
 Error tucker_select(const TuckerSelectParams& params, const Launch& launch) {
-  if (params.dtype != DType::kFloat32) return "tucker_select on CUDA: float64 is not supported";
+  if (params.dtype == DType::kFloat64) return "tucker_select on CUDA: float64 is not supported";
   if (params.tokens * params.heads > INT32_MAX) return "tucker_select: too many tokens";
   return params.rank <= 2   ? launch_select<2>(params, launch)
          : params.rank <= 4 ? launch_select<4>(params, launch)

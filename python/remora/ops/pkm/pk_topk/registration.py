@@ -43,8 +43,11 @@ def _select_bwd_fake(slots: Tensor, d_scores: Tensor, num_keys: int) -> Tensor:
 
 
 @torch.library.register_fake("remora::tucker_select")
-def _tucker_select_fake(sub_scores: Tensor, core: Tensor, topk: int, positive: int) -> Tensor:
-    return sub_scores.new_empty((*sub_scores.shape[:2], topk), dtype=torch.int32)
+def _tucker_select_fake(
+    query: Tensor, keys: Tensor, index: Tensor, core: Tensor, topk: int, positive: int
+) -> tuple[Tensor, Tensor]:
+    T, H, _, r, _ = query.shape
+    return index.new_empty((T, H, 2, topk)), query.new_empty((T, H, 2, r, topk), dtype=_wide(query))
 
 
 def _save_select(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -133,21 +133,16 @@ def tucker_topk(
         k, f"k (at most the {pairs_of_all} pairs of candidates, and {MAX_TOPK})", 1, min(pairs_of_all, MAX_TOPK)
     )
     query = query.repeat_interleave(H // Hq, dim=1) if Hq != H else query
-    by_rank = keys.movedim(-1, 2)  # [H, 2, r, n, ds]
-    groups_query = query.expand(T, H, 2, r, ds).reshape(T, H * 2 * r, ds).contiguous()
-    groups_keys = by_rank.reshape(H * 2 * r, n, ds).contiguous()
-
+    by_rank = keys.movedim(-1, 2).contiguous()  # [H, 2, r, n, ds]
+    of_rank = query.expand(T, H, 2, r, ds).contiguous()
     with torch.no_grad():
         index = _candidates(query, by_rank, u, t, best, lowest)
-        sub_scores = _sub_scores(groups_query, groups_keys, index, r)
-        pairs = torch.ops.remora.tucker_select(sub_scores, _total(core), k, best).long()
-        m = best + lowest
-        ranks = torch.stack((pairs // m, pairs % m), dim=2)  # [T, H, 2, k]
-        chosen = index.gather(-1, ranks)
+        chosen, sub_scores = torch.ops.remora.tucker_select(of_rank, by_rank, index, _total(core), k, best)
     if torch.is_grad_enabled() and (query.requires_grad or keys.requires_grad):
-        sub_scores = _sub_scores(groups_query, groups_keys, chosen, r)
-    else:  # they are among the candidates'
-        sub_scores = sub_scores.gather(-1, ranks.unsqueeze(3).expand(-1, -1, -1, r, -1))
+        groups_index = chosen.unsqueeze(3).expand(T, H, 2, r, k).reshape(T, H * 2 * r, k)
+        groups_query, groups_keys = of_rank.view(T, H * 2 * r, ds), by_rank.view(H * 2 * r, n, ds)
+        sub_scores = torch.ops.remora.sub_key_scores_fwd(groups_query, groups_keys, groups_index)
+        sub_scores = sub_scores.view(T, H, 2, r, k)
     rows, columns = sub_scores.unbind(2)  # [T, H, r, k]
     scores = torch.einsum("thrk,chrs,thsk->thkc", rows, core.to(_wide(query)), columns)
     return scores, chosen[:, :, 0] * n + chosen[:, :, 1]
@@ -204,11 +199,3 @@ def _candidates(query: Tensor, by_rank: Tensor, u: Tensor, t: Tensor, best: int,
         proxy_query.contiguous(), proxy_keys.contiguous(), best, lowest, 0, 1.0, 0.0
     )[1]
     return index
-
-
-def _sub_scores(query: Tensor, keys: Tensor, index: Tensor, r: int) -> Tensor:
-    """[T, H, 2, r, m] scores of the sub-keys index [T, H, 2, m] for every rank."""
-    T, H, _, m = index.shape
-    by_rank = index.unsqueeze(3).expand(T, H, 2, r, m).reshape(T, H * 2 * r, m).contiguous()
-    scores: Tensor = torch.ops.remora.sub_key_scores_fwd(query, keys, by_rank)
-    return scores.view(T, H, 2, r, m)

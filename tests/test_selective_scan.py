@@ -228,6 +228,27 @@ def test_reproducible_and_independent_of_neighbours(kernels):
     assert torch.equal(scan(first)[0], runs[0]["out"][:1])
 
 
+@pytest.mark.sim_only
+def test_work_of_the_kernels():
+    """Instructions of 32 updates of a state: nearly all are of the kernels that visit every token."""
+    from remora.testing import sim
+
+    B, D, T, N = 1, 128, 256, 16
+    tensors = make(B=B, D=D, T=T, N=N, dtype=torch.bfloat16, bias=False, state=False)
+    updates = B * D * T * N / 32
+
+    def work(run):
+        sim.reset_stats()
+        out = run()
+        return out, sum(counters["warp_instructions"] for counters in sim.stats().values()) / updates
+
+    out, forward = work(lambda: scan(tensors)[0])
+    leaves = [t for t in tensors.values() if t is not None]
+    _, backward = work(lambda: torch.autograd.grad(out.sum(), leaves))
+    assert forward <= 20
+    assert backward <= 64
+
+
 @pytest.mark.cpu_only
 def test_independent_of_the_number_of_threads():
     runs, threads = [], torch.get_num_threads()

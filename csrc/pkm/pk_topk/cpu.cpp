@@ -14,17 +14,22 @@ int64_t pk_topk_workspace(const PkTopkParams& params) {
 
 Error pk_topk(const PkTopkParams& params, const Launch& launch) {
   const PkTopkCpuKernels& kernels = pk_topk_kernels(params.dtype);
-  if (!params.sub_scores) {
+  const int64_t block_tokens = kernels.block_tokens(params);
+  const int64_t num_blocks = (params.tokens + block_tokens - 1) / block_tokens;
+  // Few tokens: who packs the sub-keys of a head selects from them, out of its own cache.
+  const bool packs_first = !params.sub_scores && num_blocks > 1, packs_own = !params.sub_scores && num_blocks == 1;
+  if (packs_first) {
     launch.parallel_for(2 * params.heads, 1, [&](int64_t begin, int64_t end) {
       for (int64_t axis = begin; axis < end; ++axis) kernels.pack(params, axis);
     });
   }
-  const int64_t block_tokens = kernels.block_tokens(params);
-  const int64_t num_blocks = (params.tokens + block_tokens - 1) / block_tokens;
   // Heads outermost: the packed sub-keys of a head stay in the cache.
   const bool done = run_tasks(launch.parallel_for, num_blocks * params.heads, 1, kernels.scratch(params),
                               [&](int64_t task, void* scratch) {
-                                kernels.select(params, task / num_blocks, task % num_blocks * block_tokens, scratch);
+                                const int64_t head = task / num_blocks;
+                                for (int64_t axis = 2 * head; packs_own && axis < 2 * head + 2; ++axis)
+                                  kernels.pack(params, axis);
+                                kernels.select(params, head, task % num_blocks * block_tokens, scratch);
                               });
   return done ? nullptr : "pk_topk: out of memory";
 }

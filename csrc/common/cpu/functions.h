@@ -49,13 +49,12 @@ REMORA_INLINE Vec<float> exp2(Vec<float> x) {
   const Vec<float> shifted = x + magic;
   const Vec<float> r = x - (shifted - magic);
 #endif
-  // Taylor series of 2^r on [-1/2, 1/2]; the term left out is below 2^-26.
-  Vec<float> p = broadcast(1.54035304e-4f);
-  p = p * r + 1.33335581e-3f;
-  p = p * r + 9.61812911e-3f;
-  p = p * r + 5.55041087e-2f;
-  p = p * r + 2.40226507e-1f;
-  p = p * r + 6.93147181e-1f;
+  // 2^r on [-1/2, 1/2] to 1e-7, and 1 at 0, so that a decay by little keeps its distance from 1.
+  Vec<float> p = broadcast(1.32647273e-3f);
+  p = p * r + 9.67151299e-3f;
+  p = p * r + 5.55073358e-2f;
+  p = p * r + 2.40222424e-1f;
+  p = p * r + 6.93147004e-1f;
   p = p * r + 1.0f;
 #if defined(__AVX512DQ__)
   return _mm512_scalef_ps(p, x - r);

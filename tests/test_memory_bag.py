@@ -324,6 +324,36 @@ def test_number_of_threads_does_not_show(kind):
         assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
 
 
+@pytest.mark.sim_only
+@pytest.mark.parametrize("kind", ["zipf", "one row", "distinct"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_traffic_is_that_of_the_lookups(dtype, kind):
+    """Bytes that the instructions name, over those of the rows looked up; a row that is read comes in whole sectors."""
+    from remora.testing import sim
+
+    T, P, N, d = 64, 16, 1024, 512
+    indices, table, weights = make(T, P, N, d, dtype=dtype, kind=kind)
+    row, number = d * dtype.itemsize, 4 * T * P
+
+    def traffic(run):
+        with sim.options(memory_stats=1):
+            sim.reset_stats()
+            out = run()
+            stats = sim.stats()
+        moved = sum(c[f"global_{direction}"]["bytes"] for c in stats.values() for direction in ("load", "store"))
+        return out, moved, stats
+
+    indices, weights = indices.int(), weights.detach()[..., 0].requires_grad_()
+    out, forward, stats = traffic(lambda: ops.memory_bag(indices, table, weights))
+    assert forward <= 1.1 * (T * P * row + T * row + 2 * number)
+    (counters,) = stats.values()
+    assert counters["global_load"]["sectors"] * 32 <= 1.1 * counters["global_load"]["bytes"]
+    # rows of the table, of the cotangent and of the gradient
+    compulsory = (len(indices.unique()) + T * P + N) * row + 3 * number
+    _, backward, _ = traffic(lambda: torch.autograd.grad(out, [table, weights], torch.ones_like(out)))
+    assert backward <= 1.5 * compulsory
+
+
 @pytest.mark.cpu_only
 def test_table_of_more_than_two_to_the_31_elements(tmp_path):
     """Rows at the end of a sparse file: 8.6 GB of addresses, a few pages of memory."""

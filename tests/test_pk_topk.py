@@ -173,6 +173,22 @@ def test_threads_change_no_bit():
         torch.set_num_threads(threads)
 
 
+@pytest.mark.sim_only
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_only_the_choice_is_written(dtype):
+    """Neither the scores of the sub-keys nor sums of pairs reach device memory."""
+    from remora.testing import sim
+
+    T, H, n, ds, k = 40, 2, 128, 32, 16
+    query, keys = torch.randn(T, H, 2, ds).to(dtype), torch.randn(H, 2, n, ds).to(dtype)
+    with sim.options(memory_stats=1):
+        sim.reset_stats()
+        scores, slots = ops.pk_topk(query, keys, k)
+        (counters,) = sim.stats().values()
+    assert counters["global_store"]["bytes"] == scores.nbytes + slots.nbytes
+    assert counters["global_store"]["bytes"] == T * H * k * 8
+
+
 def test_strided_inputs_and_no_tokens():
     query, keys = torch.randn(2, 6, 2, 10).transpose(0, 1), torch.randn(2, 2, 10, 12).mT
     same_bits(ops.pk_topk(query, keys, 5), ops.pk_topk(query.contiguous(), keys.contiguous(), 5))

@@ -13,8 +13,8 @@ __device__ __forceinline__ int read_thread_idx() {
   return thread_idx;
 }
 
-/// The same pointer to global memory, of unknown origin: what is added to it step by step is not put together again from
-/// its parts, which takes more instructions.
+/// The same pointer to global memory, of unknown origin: what is added to it step by step is not put together again
+/// from its parts, which takes more instructions.
 template <typename T>
 __device__ __forceinline__ T* hide_origin(T* gmem) {
   asm volatile("" : "+l"(gmem));

@@ -368,9 +368,9 @@ __device__ __forceinline__ void state_subroutine(const FwdKernelParams& params, 
   const int64_t col0 = (is_transition ? work.tile - params.num_v_tiles : work.tile) * kSpanBlockV + warp_idx * 16;
   const int64_t width = is_transition ? shape.head_dim : shape.value_dim;
   const int num_cols = static_cast<int>(min(max(width - col0, int64_t{0}), int64_t{16}));
-  const int64_t state_idx = work.seq_idx * shape.num_value_heads + work.head;
   const int64_t stride_k = op.state_v_first ? 1 : shape.value_dim;
   const int64_t stride_v = op.state_v_first ? shape.head_dim : 1;
+  const int64_t state_idx = work.seq_idx * shape.num_value_heads + work.head;
   const int64_t state_offset = state_idx * shape.head_dim * shape.value_dim + col0 * stride_v;
 
   // State entering the span
@@ -399,9 +399,10 @@ __device__ __forceinline__ void state_subroutine(const FwdKernelParams& params, 
   const T* gmem_v = static_cast<const T*>(op.v) + first.offset(op.v_stride) + work.head * op.v_stride.head + col0;
   const int64_t o_stride = shape.num_value_heads * shape.value_dim;
   T* gmem_o = static_cast<T*>(op.o) + first.row * o_stride + work.head * shape.value_dim + col0;
-  const int64_t saved_stride = shape.num_value_heads * shape.head_dim * shape.value_dim;
+  using Saved = std::conditional_t<std::is_same_v<T, __nv_bfloat16>, __nv_bfloat16, float>;
   const int64_t saved_slot = first_state_slot(work.seq.first_token, work.seq_idx) + work.begin / kStateInterval;
-  const int64_t saved_offset = saved_slot * saved_stride + work.head * shape.head_dim * shape.value_dim + col0;
+  Saved* gmem_saved = static_cast<Saved*>(op.saved_states) +
+                      (saved_slot * shape.num_value_heads + work.head) * shape.head_dim * shape.value_dim + col0;
 
   int remaining = static_cast<int>(work.end - work.begin);
   // Where the tokens of the chunk that begins `left` tokens before the span's end lie in a tensor
@@ -423,10 +424,8 @@ __device__ __forceinline__ void state_subroutine(const FwdKernelParams& params, 
   for (int chunk_idx = 0; remaining > 0; ++chunk_idx, remaining -= BLOCK_T) {
     if constexpr (!kIsSummary) {
       if (op.saved_states != nullptr && chunk_idx % (kStateInterval / BLOCK_T) == 0) {
-        using Saved = std::conditional_t<std::is_same_v<T, __nv_bfloat16>, __nv_bfloat16, float>;
-        Saved* saved =
-            static_cast<Saved*>(op.saved_states) + saved_offset + chunk_idx / (kStateInterval / BLOCK_T) * saved_stride;
-        store_rows<T, Saved, kIsAligned>(saved, StridedTokens{shape.value_dim}, num_rows, num_cols, s);
+        store_rows<T, Saved, kIsAligned>(gmem_saved, StridedTokens{shape.value_dim}, num_rows, num_cols, s);
+        gmem_saved += shape.num_value_heads * shape.head_dim * shape.value_dim;
       }
     }
 

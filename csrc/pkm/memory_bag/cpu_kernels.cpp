@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "common/cpu/arena.h"
+#include "common/cpu/element_types.h"
 #include "pkm/memory_bag/cpu.h"
 #include "pkm/memory_bag/cpu_gather.h"
 
@@ -389,21 +390,8 @@ constexpr MemoryBagCpuKernels kKernels = {
 
 }  // namespace
 
-const MemoryBagCpuKernels& memory_bag_kernels([[maybe_unused]] DType dtype) {
-#ifdef __AVX512BF16__
-  return kKernels<float, BFloat16>;
-#else
-  switch (dtype) {
-    case DType::kFloat64:
-      return kKernels<double, double>;
-    case DType::kBFloat16:
-      return kKernels<float, BFloat16>;
-    case DType::kFloat16:
-      return kKernels<float, Float16>;
-    default:
-      return kKernels<float, float>;
-  }
-#endif
+const MemoryBagCpuKernels& memory_bag_kernels(DType dtype) {
+  return with_element_types(dtype, []<class T, class E>() -> const auto& { return kKernels<T, E>; });
 }
 
 }  // namespace remora::REMORA_CPU_ISA

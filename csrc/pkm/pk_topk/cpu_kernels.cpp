@@ -1,4 +1,5 @@
 // The kernels of one instruction set; compiled once for each (cmake/CpuIsa.cmake).
+#include "common/cpu/element_types.h"
 #include "pkm/cpu_score.h"
 #include "pkm/pk_topk/cpu.h"
 #include "pkm/pk_topk/staircase.h"
@@ -208,17 +209,8 @@ constexpr PkTopkCpuKernels kKernels = {workspace_bytes<T>, scratch_bytes<T>, blo
 
 }  // namespace
 
-const PkTopkCpuKernels& pk_topk_kernels([[maybe_unused]] DType dtype) {
-  switch (dtype) {
-    case DType::kFloat64:
-      return kKernels<double, double>;
-    case DType::kBFloat16:
-      return kKernels<float, BFloat16>;
-    case DType::kFloat16:
-      return kKernels<float, Float16>;
-    default:
-      return kKernels<float, float>;
-  }
+const PkTopkCpuKernels& pk_topk_kernels(DType dtype) {
+  return with_element_types(dtype, []<class T, class E>() -> const auto& { return kKernels<T, E>; });
 }
 
 }  // namespace remora::REMORA_CPU_ISA

@@ -2,6 +2,7 @@
 #include <bit>
 #include <cmath>
 
+#include "common/cpu/element_types.h"
 #include "common/cpu/simd.h"
 #include "common/philox.h"
 #include "pkm/sparse_optim/cpu.h"
@@ -200,17 +201,8 @@ constexpr SparseOptimCpuKernels kKernels = {update<T, E>, sum_of_squares<T, E>, 
 
 }  // namespace
 
-const SparseOptimCpuKernels& sparse_optim_kernels([[maybe_unused]] DType dtype) {
-  switch (dtype) {
-    case DType::kFloat64:
-      return kKernels<double, double>;
-    case DType::kBFloat16:
-      return kKernels<float, BFloat16>;
-    case DType::kFloat16:
-      return kKernels<float, Float16>;
-    default:
-      return kKernels<float, float>;
-  }
+const SparseOptimCpuKernels& sparse_optim_kernels(DType dtype) {
+  return with_element_types(dtype, []<class T, class E>() -> const auto& { return kKernels<T, E>; });
 }
 
 }  // namespace remora::REMORA_CPU_ISA

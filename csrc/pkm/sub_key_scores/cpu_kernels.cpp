@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "common/cpu/arena.h"
+#include "common/cpu/element_types.h"
 #include "pkm/cpu_sub_key.h"
 #include "pkm/sub_key_scores/cpu.h"
 
@@ -185,17 +186,8 @@ constexpr SubKeyScoresCpuKernels kKernels = {
 
 }  // namespace
 
-const SubKeyScoresCpuKernels& sub_key_scores_kernels([[maybe_unused]] DType dtype) {
-  switch (dtype) {
-    case DType::kFloat64:
-      return kKernels<double, double>;
-    case DType::kBFloat16:
-      return kKernels<float, BFloat16>;
-    case DType::kFloat16:
-      return kKernels<float, Float16>;
-    default:
-      return kKernels<float, float>;
-  }
+const SubKeyScoresCpuKernels& sub_key_scores_kernels(DType dtype) {
+  return with_element_types(dtype, []<class T, class E>() -> const auto& { return kKernels<T, E>; });
 }
 
 }  // namespace remora::REMORA_CPU_ISA

@@ -1,4 +1,5 @@
 // The kernels of one instruction set; compiled once for each (cmake/CpuIsa.cmake).
+#include "common/cpu/element_types.h"
 #include "common/cpu/select.h"
 #include "pkm/cpu_sub_key.h"
 #include "pkm/tucker_select/cpu.h"
@@ -102,16 +103,7 @@ constexpr TuckerSelectCpuKernels kKernels = {scratch_bytes<T>, select<T, E>};
 }  // namespace
 
 const TuckerSelectCpuKernels& tucker_select_kernels(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat64:
-      return kKernels<double, double>;
-    case DType::kBFloat16:
-      return kKernels<float, BFloat16>;
-    case DType::kFloat16:
-      return kKernels<float, Float16>;
-    default:
-      return kKernels<float, float>;
-  }
+  return with_element_types(dtype, []<class T, class E>() -> const auto& { return kKernels<T, E>; });
 }
 
 }  // namespace remora::REMORA_CPU_ISA

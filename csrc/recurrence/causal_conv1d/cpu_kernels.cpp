@@ -1,4 +1,5 @@
 // The kernels of one instruction set; compiled once for each (cmake/CpuIsa.cmake).
+#include "common/cpu/element_types.h"
 #include "recurrence/causal_conv1d/cpu_conv.h"
 
 namespace remora::REMORA_CPU_ISA {
@@ -237,21 +238,8 @@ constexpr CausalConv1dCpuKernels kKernels = {
 
 }  // namespace
 
-const CausalConv1dCpuKernels& causal_conv1d_kernels([[maybe_unused]] DType dtype) {
-#ifdef __AVX512BF16__
-  return kKernels<float, BFloat16>;
-#else
-  switch (dtype) {
-    case DType::kFloat64:
-      return kKernels<double, double>;
-    case DType::kBFloat16:
-      return kKernels<float, BFloat16>;
-    case DType::kFloat16:
-      return kKernels<float, Float16>;
-    default:
-      return kKernels<float, float>;
-  }
-#endif
+const CausalConv1dCpuKernels& causal_conv1d_kernels(DType dtype) {
+  return with_element_types(dtype, []<class T, class E>() -> const auto& { return kKernels<T, E>; });
 }
 
 }  // namespace remora::REMORA_CPU_ISA

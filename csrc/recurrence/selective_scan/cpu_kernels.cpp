@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "common/cpu/arena.h"
+#include "common/cpu/element_types.h"
 #include "common/cpu/functions.h"
 #include "recurrence/cpu_sequence.h"
 #include "recurrence/selective_scan/cpu.h"
@@ -513,21 +514,8 @@ constexpr SelectiveScanCpuKernels kKernels = {
 
 }  // namespace
 
-const SelectiveScanCpuKernels& selective_scan_kernels([[maybe_unused]] DType dtype) {
-#ifdef __AVX512BF16__
-  return kKernels<float, BFloat16>;
-#else
-  switch (dtype) {
-    case DType::kFloat64:
-      return kKernels<double, double>;
-    case DType::kBFloat16:
-      return kKernels<float, BFloat16>;
-    case DType::kFloat16:
-      return kKernels<float, Float16>;
-    default:
-      return kKernels<float, float>;
-  }
-#endif
+const SelectiveScanCpuKernels& selective_scan_kernels(DType dtype) {
+  return with_element_types(dtype, []<class T, class E>() -> const auto& { return kKernels<T, E>; });
 }
 
 }  // namespace remora::REMORA_CPU_ISA

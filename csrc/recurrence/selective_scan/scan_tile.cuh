@@ -118,16 +118,15 @@ struct ScanChannelBlock {
 
 template <int CHANNELS>
 __host__ __device__ __forceinline__ int64_t scan_blocks_per_group(const SelectiveScanShape& shape) {
-  return (shape.num_channels / shape.num_groups + CHANNELS - 1) / CHANNELS;
+  return (shape.group_channels() + CHANNELS - 1) / CHANNELS;
 }
 
 template <int CHANNELS>
 __device__ __forceinline__ ScanChannelBlock find_channel_block(const SelectiveScanShape& shape, int64_t index) {
-  const int64_t per_group = scan_blocks_per_group<CHANNELS>(shape),
-                group_channels = shape.num_channels / shape.num_groups;
-  const int64_t begin = index % per_group * CHANNELS;
-  return {index, index / per_group, index / per_group * group_channels + begin,
-          static_cast<int>(min(group_channels - begin, int64_t{CHANNELS}))};
+  const int64_t per_group = scan_blocks_per_group<CHANNELS>(shape);
+  const int64_t group = index / per_group, begin = index % per_group * CHANNELS;
+  return {index, group, group * shape.group_channels() + begin,
+          static_cast<int>(min(shape.group_channels() - begin, int64_t{CHANNELS}))};
 }
 
 /// Walks a [ROWS, COLS] matrix whose first num_rows rows and num_cols columns exist. Neighbouring threads take

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <limits>
 
+#include "common/cpu/element_types.h"
 #include "common/cpu/simd.h"
 #include "routed/mom/cpu.h"
 
@@ -180,17 +181,8 @@ constexpr MomCpuKernels kKernels = {route_fwd<T, E>, route_partial<T, E>, route_
 
 }  // namespace
 
-const MomCpuKernels& mom_kernels([[maybe_unused]] DType dtype) {
-  switch (dtype) {
-    case DType::kFloat64:
-      return kKernels<double, double>;
-    case DType::kBFloat16:
-      return kKernels<float, BFloat16>;
-    case DType::kFloat16:
-      return kKernels<float, Float16>;
-    default:
-      return kKernels<float, float>;
-  }
+const MomCpuKernels& mom_kernels(DType dtype) {
+  return with_element_types(dtype, []<class T, class E>() -> const auto& { return kKernels<T, E>; });
 }
 
 }  // namespace remora::REMORA_CPU_ISA

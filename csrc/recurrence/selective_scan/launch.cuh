@@ -5,24 +5,14 @@
 
 namespace remora {
 
-constexpr Error kTooManyStates = "selective_scan on CUDA supports up to 128 states";
-
-/// Calls f with the traits of kernels that walk tokens, a value of a compile-time type.
-template <class F>
-Error with_walk_traits(int64_t state_dim, F&& f) {
-  if (state_dim <= 16) return f(ScanTraits<1, 16>{});
-  if (state_dim <= 64) return f(ScanTraits<4, 16>{});
-  if (state_dim <= 128) return f(ScanTraits<8, 16>{});
-  return kTooManyStates;
-}
-
-/// Of the step: lanes that hold few states each read and write neighbouring ones.
-template <class F>
-Error with_step_traits(int64_t state_dim, F&& f) {
-  if (state_dim <= 16) return f(ScanTraits<4, 4>{});
-  if (state_dim <= 64) return f(ScanTraits<16, 4>{});
-  if (state_dim <= 128) return f(ScanTraits<32, 4>{});
-  return kTooManyStates;
+/// Calls f with the traits of kernels whose lanes hold LANE_STATES states each, a value of a compile-time type. Many
+/// make sums over few lanes; few make neighbouring lanes read and write neighbouring states.
+template <int LANE_STATES, class F>
+Error with_scan_traits(int64_t state_dim, F&& f) {
+  if (state_dim <= 16) return f(ScanTraits<16 / LANE_STATES, LANE_STATES>{});
+  if (state_dim <= 64) return f(ScanTraits<64 / LANE_STATES, LANE_STATES>{});
+  if (state_dim <= 128) return f(ScanTraits<128 / LANE_STATES, LANE_STATES>{});
+  return "selective_scan on CUDA supports up to 128 states";
 }
 
 /// Floats that the passes keep in the workspace, in the order of ScanGradients (bwd_kernel.cuh).

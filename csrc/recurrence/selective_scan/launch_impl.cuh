@@ -61,7 +61,7 @@ void clear_uncovered(const SelectiveScanInputs& in, void* data, const ScanStride
 
 template <typename T>
 Error selective_scan_fwd_of(const SelectiveScanFwdParams& p, const Launch& where) {
-  return with_walk_traits(p.in.shape.state_dim, [&](auto traits) {
+  return with_scan_traits<kWalkStates>(p.in.shape.state_dim, [&](auto traits) {
     using Traits = decltype(traits);
     ScanLauncher launch(where);
     const ScanWorkspace sizes(p.in);
@@ -83,7 +83,7 @@ Error selective_scan_fwd_of(const SelectiveScanFwdParams& p, const Launch& where
 
 template <typename T>
 Error selective_scan_bwd_of(const SelectiveScanBwdParams& p, const Launch& where) {
-  return with_walk_traits(p.in.shape.state_dim, [&](auto traits) {
+  return with_scan_traits<kWalkStates>(p.in.shape.state_dim, [&](auto traits) {
     using Traits = decltype(traits);
     ScanLauncher launch(where);
     const ScanWorkspace sizes(p.in);
@@ -117,7 +117,7 @@ Error selective_scan_bwd_of(const SelectiveScanBwdParams& p, const Launch& where
 
 template <typename T>
 Error selective_scan_step_of(const SelectiveScanStepParams& p, const Launch& where) {
-  return with_step_traits(p.in.shape.state_dim, [&](auto traits) {
+  return with_scan_traits<kStepStates>(p.in.shape.state_dim, [&](auto traits) {
     using Traits = decltype(traits);
     ScanLauncher launch(where);
     const int64_t num_channel_blocks = p.in.shape.num_groups * scan_blocks_per_group<Traits::CHANNELS>(p.in.shape);

@@ -17,6 +17,7 @@ namespace remora {
 
 constexpr int kScanThreads = 128;
 constexpr int kTileTokens = 16;
+constexpr int kWalkStates = 16, kStepStates = 4;  // of a lane
 // Of the backward kernel: what a lane holds, the lanes that share a channel, the channels of a CTA, and the states of B
 // and C that are in shared memory at a time.
 constexpr int kRunTokens = 8, kRunChannels = 2;

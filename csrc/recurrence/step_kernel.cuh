@@ -11,7 +11,9 @@
 // warp owns 8 columns and never waits for another.
 // Lane l holds columns 4 (l % 2) .. + 3 of HEAD_DIM / 16 rows of K, chosen so that 16 bytes of a state are contiguous:
 //   K-first  rows l / 2 + 16 i               V-first  rows 4 (l / 2) + 64 (i / 4) + i % 4
-// The state stays in registers over the tokens; everything is fp32. Bandwidth-bound: 8 K V bytes a step and head.
+// The state stays in registers over the tokens; everything is fp32. Bandwidth-bound: 8 K V bytes a step and head, so
+// a CTA asks for its state as early as it can: divisions are of 32 bits, and states that cannot be read by 16 bytes
+// have a kernel of their own (kVectors = false).
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -29,8 +31,7 @@ constexpr int kStepColsPerWarp = kStepBlockV / kStepWarps;
 template <class Params>
 struct StepKernelParams {
   Params op;
-  int64_t num_v_tiles;
-  bool is_aligned;  // states allow 16-byte accesses
+  uint32_t num_v_tiles;
 };
 
 /// Over the rows of K: lanes with the same columns differ in bits 1..4.
@@ -40,8 +41,8 @@ __device__ __forceinline__ float sum_step_rows(float x) {
   return x;
 }
 
-template <class Params, typename T, int HEAD_DIM, bool kVFirst>
-__global__ void __launch_bounds__(kStepThreads, 2)
+template <class Params, typename T, int HEAD_DIM, bool kVFirst, bool kVectors>
+__global__ void __launch_bounds__(kStepThreads, HEAD_DIM > 128 ? 2 : 5)
     recurrent_step_kernel(const __grid_constant__ StepKernelParams<Params> params) {
   constexpr int kRows = HEAD_DIM / 16;
   const Params& op = params.op;
@@ -50,12 +51,11 @@ __global__ void __launch_bounds__(kStepThreads, 2)
   const int head_dim = static_cast<int>(shape.head_dim);
 
   // Sequence, head, columns
-  int64_t index = blockIdx.x;
-  const int64_t col = index % params.num_v_tiles * kStepBlockV + warp_idx * kStepColsPerWarp + lane_idx % 2 * 4;
-  index /= params.num_v_tiles;
-  const int64_t head = index % shape.num_value_heads;
-  const int64_t seq = index / shape.num_value_heads;
-  const int64_t key_head = head / (shape.num_value_heads / shape.num_heads);
+  const auto num_value_heads = static_cast<uint32_t>(shape.num_value_heads);
+  const uint32_t unit = blockIdx.x / params.num_v_tiles, tile = blockIdx.x - unit * params.num_v_tiles;
+  const int64_t col = int64_t{tile} * kStepBlockV + warp_idx * kStepColsPerWarp + lane_idx % 2 * 4;
+  const int64_t seq = unit / num_value_heads, head = unit % num_value_heads;
+  const int64_t key_head = static_cast<uint32_t>(head) / (num_value_heads / static_cast<uint32_t>(shape.num_heads));
   const int num_cols = static_cast<int>(min(max(shape.value_dim - col, int64_t{0}), int64_t{4}));
   int64_t batch = seq, begin = 0, end = shape.seqlen;
   if (op.memories != nullptr) {
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kStepThreads, 2)
     for (int j = 0; j < 4; ++j) s[i][j] = 0.f;
   }
   if (const float* src = static_cast<const float*>(op.initial_state); src != nullptr) {
-    if (params.is_aligned) {
+    if constexpr (kVectors) {
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
         const int row = row_of(kVFirst ? i / 4 * 4 : i), j = kVFirst ? i % 4 : 0;
@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(kStepThreads, 2)
   // State back
   float* dst = static_cast<float*>(op.final_state);
   if (dst == nullptr) return;
-  if (params.is_aligned) {
+  if constexpr (kVectors) {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       const int row = row_of(kVFirst ? i / 4 * 4 : i), j = kVFirst ? i % 4 : 0, first = i / 4 * 4;
@@ -170,18 +170,22 @@ cudaError_t launch_step(const Params& op, cudaStream_t stream) {
   const auto is_aligned_16 = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
   const StepKernelParams<Params> params{
       .op = op,
-      .num_v_tiles = num_step_tiles(shape),
-      .is_aligned = is_aligned_16(op.initial_state) && is_aligned_16(op.final_state) &&
-                    (op.state_v_first ? shape.head_dim : shape.value_dim) % 4 == 0,
+      .num_v_tiles = static_cast<uint32_t>(num_step_tiles(shape)),
   };
-  const int64_t num_ctas = shape.num_seqs * shape.num_value_heads * params.num_v_tiles;
+  const bool has_vectors = is_aligned_16(op.initial_state) && is_aligned_16(op.final_state) &&
+                           (op.state_v_first ? shape.head_dim : shape.value_dim) % 4 == 0;
+  const int64_t num_ctas = shape.num_seqs * shape.num_value_heads * num_step_tiles(shape);
   const auto launch = [&](auto kernel) {
     kernel<<<static_cast<unsigned>(num_ctas), kStepThreads, 0, stream>>>(params);
     return cudaGetLastError();
   };
+  const auto launch_access = [&]<int HEAD_DIM, bool kVFirst>() {
+    return has_vectors ? launch(recurrent_step_kernel<Params, T, HEAD_DIM, kVFirst, true>)
+                       : launch(recurrent_step_kernel<Params, T, HEAD_DIM, kVFirst, false>);
+  };
   const auto launch_layout = [&]<int HEAD_DIM>() {
-    return op.state_v_first ? launch(recurrent_step_kernel<Params, T, HEAD_DIM, true>)
-                            : launch(recurrent_step_kernel<Params, T, HEAD_DIM, false>);
+    return op.state_v_first ? launch_access.template operator()<HEAD_DIM, true>()
+                            : launch_access.template operator()<HEAD_DIM, false>();
   };
   if (shape.head_dim <= 64) return launch_layout.template operator()<64>();
   if (shape.head_dim <= 128) return launch_layout.template operator()<128>();

@@ -1,16 +1,19 @@
 // Token by token, for every rule of the family: the decode step (one or a few tokens, states of a pool updated in
 // place) and the recurrent forward pass. An operator says what one token does to the state,
 //
-//   template <int kRows>
+//   template <int kRows, class Sum>
 //   __device__ void step_token(const Params&, int64_t gate_offset, int64_t head, const float (&q)[kRows],
-//                              const float (&k)[kRows], const float (&v)[4], float (&state)[kRows][4], float (&o)[4]);
+//                              const float (&k)[kRows], const float (&v)[4], Sum sum_rows, float (&state)[kRows][4],
+//                              float (&o)[4]);
+//
+// where sum_rows(float (&x)[n]), called once, adds up n <= kStepSums numbers over all rows of K.
 //
 //   q, k [B, T, H, K]   v, o [B, T, HV, V]   states [slots, HV, K, V] or [slots, HV, V, K]
 //
-// Grid: (sequence, value head, 32 columns of V), flattened on x; with memories a sequence is one choice of a token. A
-// warp owns 8 columns and never waits for another.
-// Lane l holds columns 4 (l % 2) .. + 3 of HEAD_DIM / 16 rows of K, chosen so that 16 bytes of a state are contiguous:
-//   K-first  rows l / 2 + 16 i               V-first  rows 4 (l / 2) + 64 (i / 4) + i % 4
+// Grid: (sequence, value head, 32 columns of V), flattened on x; with memories a sequence is one choice of a token.
+// A thread holds 4 columns of HEAD_DIM / 16 rows of K, so that what a warp reads at once are whole 128-byte lines:
+//   K-first  columns 4 (thread % 8) .. + 3, rows thread / 8 + 16 i; warps share the rows and add through shared memory
+//   V-first  columns 8 warp + 4 (lane % 2) .. + 3, rows 4 (lane / 2) + 64 (i / 4) + i % 4; a warp has all rows
 // The state stays in registers over the tokens; everything is fp32. Bandwidth-bound: 8 K V bytes a step and head, so
 // a CTA asks for its state as early as it can: divisions are of 32 bits, and states that cannot be read by 16 bytes
 // have a kernel of their own (kVectors = false).
@@ -26,7 +29,7 @@ namespace remora {
 
 constexpr int kStepWarps = 4;
 constexpr int kStepThreads = 32 * kStepWarps;
-constexpr int kStepColsPerWarp = kStepBlockV / kStepWarps;
+constexpr int kStepSums = 11;
 
 template <class Params>
 struct StepKernelParams {
@@ -34,15 +37,33 @@ struct StepKernelParams {
   uint32_t num_v_tiles;
 };
 
-/// Over the rows of K: lanes with the same columns differ in bits 1..4.
-__device__ __forceinline__ float sum_step_rows(float x) {
+/// Sums over the rows of K, in every thread that has a part of them. `partial` is free again two calls later.
+template <bool kVFirst, int N>
+__device__ __forceinline__ void sum_step_rows(float (&x)[N], float (&partial)[kStepWarps][kStepSums][8]) {
+  static_assert(N <= kStepSums);
+  constexpr int kLanesOverV = kVFirst ? 2 : 8;
 #pragma unroll
-  for (int mask = 16; mask > 1; mask /= 2) x += __shfl_xor_sync(kFullWarp, x, mask);
-  return x;
+  for (int mask = 16; mask >= kLanesOverV; mask /= 2) {
+#pragma unroll
+    for (int n = 0; n < N; ++n) x[n] += __shfl_xor_sync(kFullWarp, x[n], mask);
+  }
+  if constexpr (kVFirst) return;
+  const int lane_idx = threadIdx.x % 32, warp_idx = threadIdx.x / 32;
+  if (lane_idx < kLanesOverV) {
+#pragma unroll
+    for (int n = 0; n < N; ++n) partial[warp_idx][n][lane_idx] = x[n];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    x[n] = 0.f;
+#pragma unroll
+    for (int warp = 0; warp < kStepWarps; ++warp) x[n] += partial[warp][n][lane_idx % kLanesOverV];
+  }
 }
 
 template <class Params, typename T, int HEAD_DIM, bool kVFirst, bool kVectors>
-__global__ void __launch_bounds__(kStepThreads, HEAD_DIM > 128 ? 2 : 5)
+__global__ void __launch_bounds__(kStepThreads, HEAD_DIM > 128 ? 2 : 4)
     recurrent_step_kernel(const __grid_constant__ StepKernelParams<Params> params) {
   constexpr int kRows = HEAD_DIM / 16;
   const Params& op = params.op;
@@ -53,7 +74,7 @@ __global__ void __launch_bounds__(kStepThreads, HEAD_DIM > 128 ? 2 : 5)
   // Sequence, head, columns
   const auto num_value_heads = static_cast<uint32_t>(shape.num_value_heads);
   const uint32_t unit = blockIdx.x / params.num_v_tiles, tile = blockIdx.x - unit * params.num_v_tiles;
-  const int64_t col = int64_t{tile} * kStepBlockV + warp_idx * kStepColsPerWarp + lane_idx % 2 * 4;
+  const int64_t col = int64_t{tile} * kStepBlockV + (kVFirst ? warp_idx * 8 + lane_idx % 2 * 4 : lane_idx % 8 * 4);
   const int64_t seq = unit / num_value_heads, head = unit % num_value_heads;
   const int64_t key_head = static_cast<uint32_t>(head) / (num_value_heads / static_cast<uint32_t>(shape.num_heads));
   const int num_cols = static_cast<int>(min(max(shape.value_dim - col, int64_t{0}), int64_t{4}));
@@ -66,12 +87,15 @@ __global__ void __launch_bounds__(kStepThreads, HEAD_DIM > 128 ? 2 : 5)
     batch = 0, begin = tokens.first_token, end = begin + tokens.num_tokens;
   }
   const int64_t slot = step_slot(shape, op.state_indices, op.memories, op.num_memories, op.num_slots, seq);
-  const auto row_of = [&](int i) { return kVFirst ? lane_idx / 2 * 4 + i / 4 * 64 + i % 4 : lane_idx / 2 + i * 16; };
+  const auto row_of = [&](int i) {
+    return kVFirst ? lane_idx / 2 * 4 + i / 4 * 64 + i % 4 : static_cast<int>(threadIdx.x / 8) + i * 16;
+  };
+  const bool stores_output = kVFirst ? lane_idx < 2 : threadIdx.x < 8;
   const auto store_output = [&](int64_t token, const float (&o)[4]) {
     T* dst = static_cast<T*>(op.o) + ((batch * shape.seqlen + token) * shape.num_value_heads + head) * shape.value_dim;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      if (lane_idx < 2 && j < num_cols) dst[col + j] = static_cast<T>(o[j]);
+      if (stores_output && j < num_cols) dst[col + j] = static_cast<T>(o[j]);
     }
   };
   const float zeros[4] = {0.f, 0.f, 0.f, 0.f};
@@ -121,6 +145,7 @@ __global__ void __launch_bounds__(kStepThreads, HEAD_DIM > 128 ? 2 : 5)
   }
 
   // Tokens
+  __shared__ float partial[2][kStepWarps][kStepSums][8];
   for (int64_t token = begin; token < end; ++token) {
     const T* gmem_k = static_cast<const T*>(op.k) + batch * op.k_stride.batch + token * op.k_stride.token +
                       key_head * op.k_stride.head;
@@ -138,7 +163,8 @@ __global__ void __launch_bounds__(kStepThreads, HEAD_DIM > 128 ? 2 : 5)
 #pragma unroll
     for (int j = 0; j < 4; ++j) v[j] = j < num_cols ? static_cast<float>(gmem_v[col + j]) : 0.f;
     float o[4];
-    step_token(op, (batch * shape.seqlen + token) * shape.num_value_heads + head, head, q, k, v, s, o);
+    const auto sum_rows = [&](auto& x) { sum_step_rows<kVFirst>(x, partial[token % 2]); };
+    step_token(op, (batch * shape.seqlen + token) * shape.num_value_heads + head, head, q, k, v, sum_rows, s, o);
     store_output(token, o);
   }
 

@@ -23,36 +23,34 @@ __device__ __forceinline__ float2 load_gates(const GatedDeltaRuleStepParams& op,
   return {g < -88.f ? -88.f : g, beta};
 }
 
-template <int kRows>
+template <int kRows, class Sum>
 __device__ __forceinline__ void step_token(const GatedDeltaRuleStepParams& op, int64_t gate_offset, int64_t head,
                                            const float (&q)[kRows], const float (&k)[kRows], const float (&v)[4],
-                                           float (&state)[kRows][4], float (&o)[4]) {
+                                           Sum sum_rows, float (&state)[kRows][4], float (&o)[4]) {
   const float2 gates = load_gates(op, gate_offset, head);
   const float decay = expf(gates.x), beta = gates.y;
 
-  float kq = 0.f, kk = 0.f, qq = 0.f, sk[4] = {}, sq[4] = {};
+  float sums[11] = {};  // S^T k, S^T q, k . q, k . k, q . q
 #pragma unroll
   for (int i = 0; i < kRows; ++i) {
-    kq = fmaf(k[i], q[i], kq);
-    kk = fmaf(k[i], k[i], kk);
-    qq = fmaf(q[i], q[i], qq);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      sk[j] = fmaf(state[i][j], k[i], sk[j]);
-      sq[j] = fmaf(state[i][j], q[i], sq[j]);
+      sums[j] = fmaf(state[i][j], k[i], sums[j]);
+      sums[4 + j] = fmaf(state[i][j], q[i], sums[4 + j]);
     }
+    sums[8] = fmaf(k[i], q[i], sums[8]);
+    sums[9] = fmaf(k[i], k[i], sums[9]);
+    sums[10] = fmaf(q[i], q[i], sums[10]);
   }
-  float rstd_k = 1.f, scale_q = static_cast<float>(op.scale);
-  if (op.use_qk_l2norm) {
-    rstd_k = rsqrtf(sum_step_rows(kk) + 1e-6f);
-    scale_q *= rsqrtf(sum_step_rows(qq) + 1e-6f);
-  }
-  kq = sum_step_rows(kq) * rstd_k * scale_q;
+  sum_rows(sums);
+  const float rstd_k = op.use_qk_l2norm ? rsqrtf(sums[9] + 1e-6f) : 1.f;
+  const float scale_q = static_cast<float>(op.scale) * (op.use_qk_l2norm ? rsqrtf(sums[10] + 1e-6f) : 1.f);
+  const float kq = sums[8] * rstd_k * scale_q;
   float u[4];
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
-    u[j] = beta * fmaf(-decay * rstd_k, sum_step_rows(sk[j]), v[j]);
-    o[j] = fmaf(decay * scale_q, sum_step_rows(sq[j]), kq * u[j]);
+    u[j] = beta * fmaf(-decay * rstd_k, sums[j], v[j]);
+    o[j] = fmaf(decay * scale_q, sums[4 + j], kq * u[j]);
   }
 #pragma unroll
   for (int i = 0; i < kRows; ++i) {

@@ -7,23 +7,24 @@
 
 namespace remora {
 
-template <int kRows>
+template <int kRows, class Sum>
 __device__ __forceinline__ void step_token(const SimpleGlaStepParams& op, int64_t gate_offset, int64_t,
                                            const float (&q)[kRows], const float (&k)[kRows], const float (&v)[4],
-                                           float (&state)[kRows][4], float (&o)[4]) {
+                                           Sum sum_rows, float (&state)[kRows][4], float (&o)[4]) {
   const float g = op.g != nullptr ? static_cast<const float*>(op.g)[gate_offset] : 0.f;
   const float decay = expf(g < -88.f ? -88.f : g), scale = static_cast<float>(op.scale);
 
-  float kq = 0.f, sq[4] = {};
+  float sums[5] = {};  // S^T q, k . q
 #pragma unroll
   for (int i = 0; i < kRows; ++i) {
-    kq = fmaf(k[i], q[i], kq);
 #pragma unroll
-    for (int j = 0; j < 4; ++j) sq[j] = fmaf(state[i][j], q[i], sq[j]);
+    for (int j = 0; j < 4; ++j) sums[j] = fmaf(state[i][j], q[i], sums[j]);
+    sums[4] = fmaf(k[i], q[i], sums[4]);
   }
-  kq = sum_step_rows(kq) * scale;
+  sum_rows(sums);
+  const float kq = sums[4] * scale;
 #pragma unroll
-  for (int j = 0; j < 4; ++j) o[j] = fmaf(decay * scale, sum_step_rows(sq[j]), kq * v[j]);
+  for (int j = 0; j < 4; ++j) o[j] = fmaf(decay * scale, sums[j], kq * v[j]);
 #pragma unroll
   for (int i = 0; i < kRows; ++i) {
 #pragma unroll

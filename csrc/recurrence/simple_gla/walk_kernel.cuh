@@ -59,18 +59,82 @@ __device__ __forceinline__ void copy_rows(uint32_t dst, const WalkTensor& tensor
   }
 }
 
-/// Calls f(register, offset) for every accumulator of a state that lies in the matrix.
-template <int TILES, typename F>
-__device__ __forceinline__ void for_each_state(int num_x, int num_d, int64_t stride_x, int64_t stride_d, F f) {
-  const int x = threadIdx.x % 32 / 4, d = threadIdx.x % 4 * 2;
+/// A thread's part of a state in memory: element (i, r) belongs to register r of accumulator i. The warp has num_x rows
+/// of it, the first of which is first_x.
+template <typename Element>
+struct StatePart {
+  Element* origin;   // of the state
+  Element* rows[2];  // outside of it, where the thread has no such row
+  bool has_row[2];
+  int num_cols, stride;
+
+  __device__ __forceinline__ StatePart(Element* state, int first_x, int num_x, int num_d, int64_t stride_x,
+                                       int64_t stride_d) {
+    const int x = threadIdx.x % 32 / 4, d = threadIdx.x % 4 * 2;
+    origin = state;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      has_row[half] = x + half * 8 < num_x;
+      rows[half] = state + (first_x + x + half * 8) * stride_x + d * stride_d;
+    }
+    num_cols = num_d - d;
+    stride = static_cast<int>(stride_d);
+  }
+  __device__ __forceinline__ bool has(int i, int r) const { return has_row[r / 2] && i * 8 + r % 2 < num_cols; }
+
+  /// 0 outside of the matrix. No branch: a load behind one waits for the load before.
+  __device__ __forceinline__ float load(int i, int r) const {
+    const Element* const from = has(i, r) ? rows[r / 2] + (i * 8 + r % 2) * stride : origin;
+    const float value = static_cast<float>(*from);
+    return has(i, r) ? value : 0.f;
+  }
+};
+
+template <int TILES, typename Element>
+__device__ __forceinline__ void load_state(FragC (&z)[TILES], const StatePart<Element>& state) {
+#pragma unroll
+  for (int i = 0; i < TILES; ++i) {
+#pragma unroll
+    for (int r = 0; r < 4; ++r) z[i].r[r] = state.load(i, r);
+  }
+}
+
+template <int TILES, typename Element>
+__device__ __forceinline__ void store_state(const FragC (&z)[TILES], StatePart<Element> state) {
 #pragma unroll
   for (int i = 0; i < TILES; ++i) {
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
-      const int row = x + r / 2 * 8, col = d + i * 8 + r % 2;
-      if (row < num_x && col < num_d) f(i, r, row * stride_x + col * stride_d);
+      if (state.has(i, r)) state.rows[r / 2][r % 2 * state.stride] = static_cast<Element>(z[i].r[r]);
+    }
+    // Offsets of all tiles, kept for the next chunk, would cost registers.
+#pragma unroll
+    for (int half = 0; half < 2; ++half) state.rows[half] = hide_origin(state.rows[half] + 8 * state.stride);
+  }
+}
+
+/// <z, state> over the thread's part.
+template <int TILES, typename Element>
+__device__ __forceinline__ float product_with_state(const FragC (&z)[TILES], const StatePart<Element>& state) {
+  constexpr int kBatch = 4;
+  float product = 0.f;
+#pragma unroll
+  for (int first = 0; first < TILES; first += kBatch) {
+    float s[kBatch][4];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+#pragma unroll
+      for (int r = 0; r < 4; ++r) s[i][r] = state.load(first + i, r);
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        product = state.has(first + i, r) ? fmaf(z[first + i].r[r], s[i][r], product) : product;
+      }
     }
   }
+  return product;
 }
 
 /// Finite part of x and the first (kReverse: last) token, within the 16, that was not finite, per row of the lane.
@@ -199,17 +263,16 @@ __global__ void __launch_bounds__(kWalkThreads, 1) simple_gla_walk_kernel(const 
   const int x0 = tile * kWalkBlockX, warp_x = warp_idx * 16;
   const int num_x = min(max(x_dim - x0 - warp_x, 0), 16);
   const int64_t state_size = int64_t{x_dim} * d_dim;
-  // Of the warp's rows; forward from the thread's index anew, or registers spill.
-  const auto row_offset = [&](int64_t stride_x) {
-    return (x0 + (kReverse ? warp_x : read_thread_idx() / 32 * 16)) * stride_x;
-  };
-  const auto state_offset = [&] {
-    return (seq_idx * num_heads + head) * state_size + row_offset(params.entry_stride_x);
-  };
-  const auto inner_offset = [&] { return head * state_size + row_offset(params.saved_stride_x); };
+  // Forward from the thread's index anew, or registers spill.
+  const auto first_x = [&] { return x0 + (kReverse ? warp_x : read_thread_idx() / 32 * 16); };
+  const auto state_offset = [&] { return (seq_idx * num_heads + head) * state_size; };
+  const auto inner_offset = [&] { return head * state_size; };
   const int64_t slot_stride = num_heads * state_size;
-  const auto for_each = [&](int64_t stride_x, int64_t stride_d, auto f) {
-    for_each_state<DIM / 8>(num_x, d_dim, stride_x, stride_d, f);
+  const auto entry_part = [&]<typename Element>(Element* state) {
+    return StatePart<Element>(state, first_x(), num_x, d_dim, params.entry_stride_x, params.entry_stride_d);
+  };
+  const auto saved_part = [&]<typename Element>(Element* state) {
+    return StatePart<Element>(state, first_x(), num_x, d_dim, params.saved_stride_x, params.saved_stride_d);
   };
   const int64_t span_slot = seq.first_token / params.span_tokens + seq_idx + span;
   const int64_t saved_slot = first_state_slot(seq.first_token, seq_idx) + begin / kStateInterval;
@@ -220,17 +283,15 @@ __global__ void __launch_bounds__(kWalkThreads, 1) simple_gla_walk_kernel(const 
   if (!kReverse && params.saved_use == WalkParams::kStartFrom && (span > 0 || params.entry == nullptr)) {
     if (num_tokens > 0) {
       const Saved* src = static_cast<const Saved*>(params.saved_states) + saved_slot * slot_stride + inner_offset();
-      for_each(params.saved_stride_x, params.saved_stride_d,
-               [&](int i, int r, int64_t at) { z[i].r[r] = static_cast<float>(src[at]); });
+      load_state(z, saved_part(src));
     }
   } else if (is_first) {
     if (params.entry != nullptr) {
-      const float* src = params.entry + state_offset();
-      for_each(params.entry_stride_x, params.entry_stride_d, [&](int i, int r, int64_t at) { z[i].r[r] = src[at]; });
+      load_state(z, entry_part(params.entry + state_offset()));
     }
   } else if (!is_summary) {
     const float* src = params.span_states + span_slot * slot_stride + inner_offset();
-    for_each(params.saved_stride_x, params.saved_stride_d, [&](int i, int r, int64_t at) { z[i].r[r] = src[at]; });
+    load_state(z, saved_part(src));
   }
 
   const auto chunk_at = [&](int step) { return kReverse ? num_chunks - 1 - step : step; };
@@ -316,11 +377,7 @@ __global__ void __launch_bounds__(kWalkThreads, 1) simple_gla_walk_kernel(const 
       } else if (in_interval != 0 && params.chunk_states != nullptr) {
         dst = static_cast<Saved*>(params.chunk_states) + (chunk_slot + chunk) * slot_stride;
       }
-      if (dst != nullptr) {
-        dst += inner_offset();
-        for_each(params.saved_stride_x, params.saved_stride_d,
-                 [&](int i, int r, int64_t at) { dst[at] = static_cast<Saved>(z[i].r[r]); });
-      }
+      if (dst != nullptr) store_state(z, saved_part(dst + inner_offset()));
     }
     if constexpr (kReverseDots) {
       const int in_interval = chunk % (kStateInterval / BLOCK_T);
@@ -328,11 +385,7 @@ __global__ void __launch_bounds__(kWalkThreads, 1) simple_gla_walk_kernel(const 
                              ? static_cast<const Saved*>(params.saved_states) +
                                    (saved_slot + chunk / (kStateInterval / BLOCK_T)) * slot_stride
                              : static_cast<const Saved*>(params.chunk_states) + (chunk_slot + chunk) * slot_stride;
-      src += inner_offset();
-      float product = 0.f;
-      for_each(params.saved_stride_x, params.saved_stride_d,
-               [&](int i, int r, int64_t at) { product = fmaf(z[i].r[r], static_cast<float>(src[at]), product); });
-      product = warp_sum(product);
+      const float product = warp_sum(product_with_state(z, saved_part(src + inner_offset())));
       if (lane_idx == 0) smem_products[warp_idx] = product * decay;
     }
 
@@ -608,13 +661,12 @@ __global__ void __launch_bounds__(kWalkThreads, 1) simple_gla_walk_kernel(const 
   // State at the far end
   if (is_summary) {
     float* dst = params.span_states + span_slot * slot_stride + inner_offset();
-    for_each(params.saved_stride_x, params.saved_stride_d, [&](int i, int r, int64_t at) { dst[at] = z[i].r[r]; });
+    store_state(z, saved_part(dst));
     if (tile == 0 && threadIdx.x == 0) {
       params.span_decays[span_slot * num_heads + head] = num_chunks > 0 ? smem_products[0] : 1.f;
     }
   } else if (is_last && params.exit != nullptr) {
-    float* dst = params.exit + state_offset();
-    for_each(params.entry_stride_x, params.entry_stride_d, [&](int i, int r, int64_t at) { dst[at] = z[i].r[r]; });
+    store_state(z, entry_part(params.exit + state_offset()));
   }
 }
 

@@ -262,12 +262,13 @@ def kernel_table(rows: dict[str, Counters]) -> str:
     return report.table(lines, ["kernel", *COLUMNS])
 
 
-def comparison(mine: dict[str, Any], peer: dict[str, Any] | None, phase: str) -> str:
-    def figures(document: dict[str, Any]) -> dict[str, float]:
-        p = document["phases"][phase]
-        return derived(p["total"], p["compulsory"], p["useful"]) | {"largest error": max(p["errors"].values())}
+def figures(document: dict[str, Any], phase: str) -> dict[str, float]:
+    p = document["phases"][phase]
+    return derived(p["total"], p["compulsory"], p["useful"]) | {"largest error": max(p["errors"].values())}
 
-    a, b = figures(mine), figures(peer) if peer else {}
+
+def comparison(mine: dict[str, Any], peer: dict[str, Any] | None, phase: str) -> str:
+    a, b = figures(mine, phase), figures(peer, phase) if peer else {}
     rows = [[k, f"{v:.4g}", f"{b[k]:.4g}" if b else "-", f"{v / b[k]:.2f}" if b.get(k) else "-"] for k, v in a.items()]
     return report.table(rows, [phase, mine["name"], peer["name"] if peer else "peer absent", "ours/peer"])
 
@@ -361,7 +362,7 @@ def main(argv: list[str]) -> int:
             "shape": vars(o),
             "ours": mine,
             "peer": peer,
-            "derived": {d["name"]: {p: derived(x) for p, x in d["phases"].items()} for d in (mine, peer) if d},
+            "derived": {d["name"]: {p: figures(d, p) for p in d["phases"]} for d in (mine, peer) if d},
         },
     )
     return 0 if good else 1

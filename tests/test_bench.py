@@ -1,6 +1,7 @@
 """The benchmarks' own logic: registry, gate, floors, parsing, statistics, and the time model on small code."""
 
 import importlib.util
+import json
 import pathlib
 import shutil
 import statistics
@@ -181,6 +182,15 @@ def test_counters_are_flattened_and_summed():
     assert d["bank conflicts, % of wavefronts"] == 30
     assert d["tensor-core FLOP / useful"] == 2
     assert d["launches"] == 2
+
+
+@pytest.mark.sim_only
+def test_counters_of_an_operator_are_printed_and_saved(tmp_path, capsys):
+    file = tmp_path / "counters.json"
+    assert counters.main(["--op=simple_gla", "--T=64", "--H=1", "--D=64", "--no-peer", f"--json={file}"]) == 0
+    saved = json.loads(file.read_text())["derived"]["remora"]
+    assert saved["backward"]["launches"] == 4
+    assert f"{saved['forward']['touched / compulsory']:.4g}" in capsys.readouterr().out
 
 
 @pytest.mark.sim_only

@@ -185,7 +185,8 @@ def test_counters_are_flattened_and_summed():
 
 
 @pytest.mark.sim_only
-def test_counters_of_an_operator_are_printed_and_saved(tmp_path, capsys):
+def test_counters_of_an_operator_are_printed_and_saved(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
     file = tmp_path / "counters.json"
     assert counters.main(["--op=simple_gla", "--T=64", "--H=1", "--D=64", "--no-peer", f"--json={file}"]) == 0
     saved = json.loads(file.read_text())["derived"]["remora"]

@@ -66,7 +66,7 @@ struct StatePart {
   Element* origin;   // of the state
   Element* rows[2];  // outside of it, where the thread has no such row
   bool has_row[2];
-  int num_cols, stride;
+  int num_cols, stride;  // a stride within one state is at most 256, so products of 32 bits hold its offsets
 
   __device__ __forceinline__ StatePart(Element* state, int first_x, int num_x, int num_d, int64_t stride_x,
                                        int64_t stride_d) {

@@ -1,5 +1,5 @@
 """Times on this machine's GPU beside the peers installed here; nothing is timed before it has been found right. Decode
-steps are replayed from a CUDA graph, so that they are the kernels' times and not those of Python.
+steps are replayed from a CUDA graph, so that they are the kernels' times and not those of Python; so is a routed layer.
 """
 
 import argparse
@@ -85,7 +85,8 @@ def interleave(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, lis
     return out
 
 
-def graphed(run: Run) -> Callable[[], Any]:
+def graphed(run: Callable[[], Any], calls: int = STEPS_IN_GRAPH) -> tuple[Callable[[], Any], Any]:
+    """A replay of so many calls, and what the last of them returns: tensors that each replay fills anew."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for _ in range(3):
@@ -93,9 +94,9 @@ def graphed(run: Run) -> Callable[[], Any]:
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for _ in range(STEPS_IN_GRAPH):
-            run()
-    return graph.replay
+        for _ in range(calls):
+            out = run()
+    return graph.replay, out
 
 
 def on_cpu(outputs: Outputs) -> Outputs:
@@ -114,7 +115,7 @@ def recurrence(case: Case, rounds: int) -> dict[str, Any]:
             got = {n: t.clone() for n, t in run().items()}
             agreed = agreed or got
             cases.check(got, agreed, case.dtype)
-            runs[name] = graphed(run) if case.mode == "decode" else run
+            runs[name] = graphed(run)[0] if case.mode == "decode" else run
         except (Absent, ImportError, Wrong) as e:
             notes[name] = f"{type(e).__name__}: {e}"
         except Exception as e:  # a peer may fail in any way; it is reported, not timed
@@ -163,6 +164,34 @@ def scan(mode: str, rounds: int, B: int = 4, T: int = 4096, D: int = 2048, N: in
     return {"case": name, "flops": 0.0, "bytes": moved, "seconds": interleave({"remora": run}, rounds), "notes": {}}
 
 
+def routed(rounds: int, B: int = 1, T: int = 8192, hidden: int = 1024) -> dict[str, Any]:
+    """A Mixture-of-Memories layer, forward and backward, called from Python and replayed from a CUDA graph; the replay
+    must give the same bits on inputs, and so routes, that it was not captured with.
+    """
+    from remora.modules import MixtureOfMemories
+
+    layer = MixtureOfMemories(hidden, 64, 8, 1.0, num_memories=4, topk=2, shared_memory=True).cuda().bfloat16()
+    x = torch.randn(B, T, hidden, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    d_y = torch.randn_like(x)
+    leaves = [x, *layer.parameters()]
+
+    def run() -> list[Tensor]:
+        y = layer(x)
+        return [y.detach(), *torch.autograd.grad(y, leaves, d_y)]
+
+    replay, out = graphed(run, 1)
+    with torch.no_grad():
+        x.copy_(torch.randn_like(x))
+    replay()
+    if not all(torch.equal(a, b) for a, b in zip(out, run(), strict=True)):
+        raise Wrong("MixtureOfMemories: a replayed CUDA graph gives other bits than a call")
+    moved = sum(t.nbytes for t in out) + sum(t.nbytes for t in leaves) * 2
+    flops = 6.0 * B * T * sum(p.numel() for p in layer.parameters() if p.dim() == 2)
+    runs = {"remora, from Python": run, "remora": replay}
+    name = f"mom layer fwd+bwd bf16 B{B} T{T} d{hidden} M4 k2"
+    return {"case": name, "flops": flops, "bytes": moved, "seconds": interleave(runs, rounds), "notes": {}}
+
+
 def show(m: dict[str, Any], rate: dict[str, float]) -> str:
     floor = m["bytes"] / rate["dram"]
     if "decode" not in m["case"]:
@@ -197,6 +226,7 @@ def main(argv: list[str]) -> int:
         jobs[case.name] = lambda c=case: selection(c, o.rounds)
     for mode in ("fwd", "fwd+bwd"):
         jobs[f"selective_scan {mode} bf16"] = lambda mode=mode: scan(mode, o.rounds)
+    jobs["mom layer fwd+bwd bf16"] = lambda: routed(o.rounds)
     document: dict[str, Any] = {"kind": "measured", "host": host, "limits": rate, "cases": []}
     for name, job in jobs.items():
         if set(o.cases.split()) <= set(name.split()):

@@ -93,7 +93,8 @@ __device__ __forceinline__ void gather_tile_async(uint32_t dst, const T* src, co
   using Tile = SmemTile<T, COLS>;
   constexpr int kElements = 16 / sizeof(T);
   constexpr int kUnits = COLS / kElements, kRowStep = kNumThreads / kUnits;
-  static_assert(kNumThreads % kUnits == 0 && 8 % kRowStep == 0 && ROWS % kRowStep == 0);
+  static_assert(kNumThreads % kUnits == 0 && ROWS % kRowStep == 0);
+  static_assert(kUnits >= 4, "lanes of a warp are of 8 rows at most");
   const int col = thread_idx % kUnits * kElements;
 #pragma unroll 4
   for (int i = 0; i < ROWS / kRowStep; ++i) {

@@ -12,14 +12,17 @@
 //
 // Grid: (sequence, value head, 32 columns of V), flattened on x; with memories a sequence is one choice of a token.
 // A thread holds 4 columns of HEAD_DIM / 16 rows of K, so that what a warp reads at once are whole 128-byte lines:
-//   K-first  columns 4 (thread % 8) .. + 3, rows thread / 8 + 16 i; warps share the rows and add through shared memory
+//   K-first  columns 4 (thread % 8) .. + 3, rows HEAD_DIM / 16 (thread / 8) + i; warps share the rows and add through
+//            shared memory
 //   V-first  columns 8 warp + 4 (lane % 2) .. + 3, rows 4 (lane / 2) + 64 (i / 4) + i % 4; a warp has all rows
 // The state stays in registers over the tokens; everything is fp32. Bandwidth-bound: 8 K V bytes a step and head, so
-// a CTA asks for its state as early as it can: divisions are of 32 bits, and states that cannot be read by 16 bytes
-// have a kernel of their own (kVectors = false).
+// a CTA asks for its state as early as it can: divisions are of 32 bits, and tensors that cannot be read by 4 elements
+// at a time have a kernel of their own (kVectors = false).
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+
+#include <type_traits>
 
 #include "common/reduce.cuh"
 #include "recurrence/sequence.cuh"
@@ -62,6 +65,45 @@ __device__ __forceinline__ void sum_step_rows(float (&x)[N], float (&partial)[kS
   }
 }
 
+template <typename T>
+union FourElements {
+  std::conditional_t<sizeof(T) == 4, float4, uint2> bits;
+  T element[4];
+  __device__ FourElements() : bits{} {}
+};
+
+/// Zeros from element `num_valid` on. kVectors: src is aligned to its four elements, and all or none of them are valid.
+template <bool kVectors, typename T>
+__device__ __forceinline__ void load_4(const T* src, int num_valid, float (&x)[4]) {
+  FourElements<T> four;
+  if constexpr (kVectors) {
+    if (num_valid > 0) four.bits = *reinterpret_cast<const decltype(four.bits)*>(src);
+  } else {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      if (j < num_valid) four.element[j] = src[j];
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < 4; ++j) x[j] = static_cast<float>(four.element[j]);
+}
+
+template <bool kVectors, typename T>
+__device__ __forceinline__ void store_4(T* dst, int num_valid, const float (&x)[4]) {
+  FourElements<T> four;
+#pragma unroll
+  for (int j = 0; j < 4; ++j) four.element[j] = static_cast<T>(x[j]);
+  if constexpr (kVectors) {
+    // Not an assignment: the compiler makes four stores of it.
+    if (num_valid > 0) __stwb(reinterpret_cast<decltype(four.bits)*>(dst), four.bits);
+  } else {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      if (j < num_valid) dst[j] = four.element[j];
+    }
+  }
+}
+
 template <class Params, typename T, int HEAD_DIM, bool kVFirst, bool kVectors>
 __global__ void __launch_bounds__(kStepThreads, HEAD_DIM > 128 ? 2 : 4)
     recurrent_step_kernel(const __grid_constant__ StepKernelParams<Params> params) {
@@ -87,16 +129,14 @@ __global__ void __launch_bounds__(kStepThreads, HEAD_DIM > 128 ? 2 : 4)
     batch = 0, begin = tokens.first_token, end = begin + tokens.num_tokens;
   }
   const int64_t slot = step_slot(shape, op.state_indices, op.memories, op.num_memories, op.num_slots, seq);
-  const auto row_of = [&](int i) {
-    return kVFirst ? lane_idx / 2 * 4 + i / 4 * 64 + i % 4 : static_cast<int>(threadIdx.x / 8) + i * 16;
+  // First of the rows 4 group .. 4 group + 3 of the thread, which are neighbours
+  const auto row_of = [&](int group) {
+    return kVFirst ? lane_idx / 2 * 4 + group * 64 : static_cast<int>(threadIdx.x / 8) * kRows + group * 4;
   };
   const bool stores_output = kVFirst ? lane_idx < 2 : threadIdx.x < 8;
   const auto store_output = [&](int64_t token, const float (&o)[4]) {
     T* dst = static_cast<T*>(op.o) + ((batch * shape.seqlen + token) * shape.num_value_heads + head) * shape.value_dim;
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      if (stores_output && j < num_cols) dst[col + j] = static_cast<T>(o[j]);
-    }
+    if (stores_output) store_4<kVectors>(dst + col, num_cols, o);
   };
   const float zeros[4] = {0.f, 0.f, 0.f, 0.f};
 
@@ -108,10 +148,16 @@ __global__ void __launch_bounds__(kStepThreads, HEAD_DIM > 128 ? 2 : 4)
     return;
   }
 
-  // State
+  // State, in the rows that are contiguous in memory: those of four columns, or columns of four rows
   const int64_t state_base = (slot * shape.num_value_heads + head) * shape.head_dim * shape.value_dim;
-  const auto state_offset = [&](int row, int j) {
-    return state_base + (kVFirst ? (col + j) * shape.head_dim + row : row * shape.value_dim + col + j);
+  const auto for_each_line = [&](auto visit) {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const int row = row_of(i / 4) + (kVFirst ? 0 : i % 4), j = kVFirst ? i % 4 : 0;
+      const int64_t offset = kVFirst ? (col + j) * shape.head_dim + row : row * shape.value_dim + col;
+      const int num_valid = kVFirst ? (j < num_cols ? head_dim - row : 0) : (row < head_dim ? num_cols : 0);
+      visit(i, state_base + offset, num_valid);
+    }
   };
   float s[kRows][4];
 #pragma unroll
@@ -120,28 +166,12 @@ __global__ void __launch_bounds__(kStepThreads, HEAD_DIM > 128 ? 2 : 4)
     for (int j = 0; j < 4; ++j) s[i][j] = 0.f;
   }
   if (const float* src = static_cast<const float*>(op.initial_state); src != nullptr) {
-    if constexpr (kVectors) {
+    for_each_line([&](int i, int64_t offset, int num_valid) {
+      float line[4];
+      load_4<kVectors>(src + offset, num_valid, line);
 #pragma unroll
-      for (int i = 0; i < kRows; ++i) {
-        const int row = row_of(kVFirst ? i / 4 * 4 : i), j = kVFirst ? i % 4 : 0;
-        float4 x = make_float4(0.f, 0.f, 0.f, 0.f);
-        if (row < head_dim && j < num_cols) x = *reinterpret_cast<const float4*>(src + state_offset(row, j));
-        if constexpr (kVFirst) {
-          const int first = i / 4 * 4;
-          s[first][j] = x.x, s[first + 1][j] = x.y, s[first + 2][j] = x.z, s[first + 3][j] = x.w;
-        } else {
-          s[i][0] = x.x, s[i][1] = x.y, s[i][2] = x.z, s[i][3] = x.w;
-        }
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < kRows; ++i) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          if (row_of(i) < head_dim && j < num_cols) s[i][j] = src[state_offset(row_of(i), j)];
-        }
-      }
-    }
+      for (int n = 0; n < 4; ++n) (kVFirst ? s[i / 4 * 4 + n][i % 4] : s[i][n]) = line[n];
+    });
   }
 
   // Tokens
@@ -155,13 +185,12 @@ __global__ void __launch_bounds__(kStepThreads, HEAD_DIM > 128 ? 2 : 4)
         static_cast<const T*>(op.v) + batch * op.v_stride.batch + token * op.v_stride.token + head * op.v_stride.head;
     float k[kRows], q[kRows], v[4];
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      const bool is_valid = row_of(i) < head_dim;
-      k[i] = is_valid ? static_cast<float>(gmem_k[row_of(i)]) : 0.f;
-      q[i] = is_valid ? static_cast<float>(gmem_q[row_of(i)]) : 0.f;
+    for (int group = 0; group < kRows / 4; ++group) {
+      const int row = row_of(group);
+      load_4<kVectors>(gmem_k + row, head_dim - row, reinterpret_cast<float (&)[4]>(k[group * 4]));
+      load_4<kVectors>(gmem_q + row, head_dim - row, reinterpret_cast<float (&)[4]>(q[group * 4]));
     }
-#pragma unroll
-    for (int j = 0; j < 4; ++j) v[j] = j < num_cols ? static_cast<float>(gmem_v[col + j]) : 0.f;
+    load_4<kVectors>(gmem_v + col, num_cols, v);
     float o[4];
     const auto sum_rows = [&](auto& x) { sum_step_rows<kVFirst>(x, partial[token % 2]); };
     step_token(op, (batch * shape.seqlen + token) * shape.num_value_heads + head, head, q, k, v, sum_rows, s, o);
@@ -171,35 +200,30 @@ __global__ void __launch_bounds__(kStepThreads, HEAD_DIM > 128 ? 2 : 4)
   // State back
   float* dst = static_cast<float*>(op.final_state);
   if (dst == nullptr) return;
-  if constexpr (kVectors) {
+  for_each_line([&](int i, int64_t offset, int num_valid) {
+    float line[4];
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      const int row = row_of(kVFirst ? i / 4 * 4 : i), j = kVFirst ? i % 4 : 0, first = i / 4 * 4;
-      const float4 x = kVFirst ? make_float4(s[first][j], s[first + 1][j], s[first + 2][j], s[first + 3][j])
-                               : make_float4(s[i][0], s[i][1], s[i][2], s[i][3]);
-      if (row < head_dim && j < num_cols) *reinterpret_cast<float4*>(dst + state_offset(row, j)) = x;
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        if (row_of(i) < head_dim && j < num_cols) dst[state_offset(row_of(i), j)] = s[i][j];
-      }
-    }
-  }
+    for (int n = 0; n < 4; ++n) line[n] = kVFirst ? s[i / 4 * 4 + n][i % 4] : s[i][n];
+    store_4<kVectors>(dst + offset, num_valid, line);
+  });
 }
 
 template <typename T, class Params>
 cudaError_t launch_step(const Params& op, cudaStream_t stream) {
   const RecurrenceShape& shape = op.shape;
-  const auto is_aligned_16 = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
   const StepKernelParams<Params> params{
       .op = op,
       .num_v_tiles = static_cast<uint32_t>(num_step_tiles(shape)),
   };
-  const bool has_vectors = is_aligned_16(op.initial_state) && is_aligned_16(op.final_state) &&
-                           (op.state_v_first ? shape.head_dim : shape.value_dim) % 4 == 0;
+  const auto is_aligned = [](const void* p, size_t size) { return reinterpret_cast<uintptr_t>(p) % size == 0; };
+  const auto has_stride = [](const TokenStrides& stride) {
+    return (stride.batch | stride.token | stride.head) % 4 == 0;
+  };
+  const bool has_vectors = (shape.head_dim | shape.value_dim) % 4 == 0 && is_aligned(op.initial_state, 16) &&
+                           is_aligned(op.final_state, 16) && has_stride(op.q_stride) && has_stride(op.k_stride) &&
+                           has_stride(op.v_stride) && is_aligned(op.q, 4 * sizeof(T)) &&
+                           is_aligned(op.k, 4 * sizeof(T)) && is_aligned(op.v, 4 * sizeof(T)) &&
+                           is_aligned(op.o, 4 * sizeof(T));
   const int64_t num_ctas = shape.num_seqs * shape.num_value_heads * num_step_tiles(shape);
   const auto launch = [&](auto kernel) {
     kernel<<<static_cast<unsigned>(num_ctas), kStepThreads, 0, stream>>>(params);

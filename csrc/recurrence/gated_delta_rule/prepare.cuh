@@ -168,15 +168,19 @@ __device__ __forceinline__ void compute_pair_row(const ChunkTiles<BLOCK_T>& tile
     const FragA<T> k_row = Tile::load_a(tiles.k, row_block * 16, col);
     FragA<T> q_row;
     if constexpr (kHasQ) q_row = Tile::load_a(tiles.q, row_block * 16, col);
+    // All loads before the first product, or each product waits for a load of its own.
+    FragB<T> k_col[NUM_BLOCKS][2];
+#pragma unroll
+    for (int j = 0; j < NUM_BLOCKS; ++j) {
+      if (j <= row_block) Tile::load_b(k_col[j], tiles.k, j * 16, col);
+    }
 #pragma unroll
     for (int j = 0; j < NUM_BLOCKS; ++j) {
       if (j > row_block) continue;
-      FragB<T> k_col[2];
-      Tile::load_b(k_col, tiles.k, j * 16, col);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        mma(kk[j][half], k_row, k_col[half]);
-        if constexpr (kHasQ) mma(qk[j][half], q_row, k_col[half]);
+        mma(kk[j][half], k_row, k_col[j][half]);
+        if constexpr (kHasQ) mma(qk[j][half], q_row, k_col[j][half]);
       }
     }
   }

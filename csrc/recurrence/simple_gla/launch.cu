@@ -126,7 +126,7 @@ cudaError_t clear_uncovered(const ClearParams& params, cudaStream_t stream) {
 
 cudaError_t launch_walk_of(DType dtype, const WalkParams& walk, bool is_reverse, bool has_dots, const Launch& launch) {
   const auto stream = static_cast<cudaStream_t>(launch.stream);
-  const int dim = walk.write.num_channels <= 64 ? 64 : 128;
+  const int dim = walk_dim(walk.write.num_channels);
   switch (dtype) {
     case DType::kBFloat16:
       return launch_walk<__nv_bfloat16>(walk, dim, is_reverse, has_dots, launch.arch, stream);
@@ -181,10 +181,10 @@ struct BwdPlan {
     const RecurrenceShape& shape = p.shape;
     const int64_t total = shape.batch * shape.seqlen, heads = shape.num_value_heads;
     num_chunk_slots = total / walk_block_t(size_of(p.dtype)) + shape.num_seqs;
-    chunk_states_size =
-        p.dg == nullptr
-            ? 0
-            : align_256(num_chunk_slots * heads * shape.head_dim * shape.value_dim * size_of(p.saved_dtype));
+    chunk_states_size = p.dg == nullptr
+                            ? 0
+                            : align_256(num_chunk_slots * heads * num_tiles(shape.head_dim) *
+                                        walk_state_size(walk_dim(shape.value_dim)) * size_of(p.saved_dtype));
     group_size = heads > shape.num_heads ? align_256(total * heads * shape.head_dim * 4) : 0;
     dots_size = p.dg == nullptr ? 0 : align_256(2 * num_tiles(shape.head_dim) * total * heads * 4);
   }
@@ -225,6 +225,7 @@ Error simple_gla_fwd(const SimpleGlaFwdParams& p, const Launch& launch) {
   walk.entry_stride_d = p.state_v_first ? 1 : shape.value_dim;
   walk.saved_stride_x = 1, walk.saved_stride_d = shape.value_dim;
   walk.saved_states = p.saved_states;
+  walk.has_saved_pairs = shape.value_dim % 2 == 0 && reinterpret_cast<uintptr_t>(p.saved_states) % 4 == 0;
   walk.saved_use = p.saved_states != nullptr ? WalkParams::kWrite : WalkParams::kNone;
   walk.num_x_tiles = num_tiles(shape.value_dim);
   walk.num_spans = plan.num_spans, walk.span_tokens = plan.span_tokens;

@@ -32,11 +32,13 @@ struct WalkParams {
   const float* entry;  // before the walk's first token, or null: zero, or for kStartFrom what was saved
   float* exit;         // after its last token, or null
   int64_t entry_stride_x, entry_stride_d;
-  int64_t saved_stride_x, saved_stride_d;  // of saved, chunk and span states
+  int64_t saved_stride_x, saved_stride_d;  // of saved and span states
   void* saved_states;                      // every kStateInterval tokens, bf16 if the elements are, else float
-  void* chunk_states;                      // [chunk slots, HV]: states entering the other chunks, same type
-  enum Saved : int { kNone, kWrite, kStartFrom } saved_use;  // kWrite: saved_states; kStartFrom: and write chunk_states
-  float* dots;                                               // [tiles of x, B, T, HV] or null
+  enum Saved : int { kNone, kWrite, kStartFrom } saved_use;
+  bool has_saved_pairs;  // two neighbours of x are aligned in saved_states
+  void* chunk_states;    // dots only: [chunk slots, HV, tiles of x], same type:
+                         // states entering the chunks, as RegisterState
+  float* dots;           // [tiles of x, B, T, HV] or null
 
   int64_t num_x_tiles, num_spans, span_tokens;
   float* span_states;  // [span slots, HV]: sums of the spans, then the states that enter them
@@ -46,6 +48,7 @@ struct WalkParams {
 
 constexpr int kWalkThreads = 128;
 constexpr int kWalkBlockX = 64;
+constexpr int kWalkPlacesSize = 224;
 
 constexpr int walk_block_t(int64_t element_size) { return element_size == 4 ? 32 : 64; }
 
@@ -55,9 +58,16 @@ constexpr int walk_stage_size(int element_size, int dim, bool has_dots) {
 }
 constexpr int walk_smem_size(int element_size, int dim, bool has_dots, int num_stages) {
   const int block_t = walk_block_t(element_size), blocks = block_t / 16 * (block_t / 16 + 1) / 2;
-  return num_stages * walk_stage_size(element_size, dim, has_dots) + blocks * 256 * element_size +
-         (4 * 4 * block_t + 4) * 4 + (has_dots ? (blocks * 32 + (blocks + 3) / 4 * 4 + 5 * block_t) * 4 : 0);
+  return num_stages * walk_stage_size(element_size, dim, has_dots) + kWalkPlacesSize + blocks * 256 * element_size +
+         (4 * 5 * block_t + 2 * block_t + 4) * 4 +
+         (has_dots ? (blocks * 32 + (blocks + 3) / 4 * 4 + 5 * block_t) * 4 : 0);
 }
+
+/// Elements of one chunk state.
+constexpr int64_t walk_state_size(int dim) { return kWalkBlockX * dim; }
+
+/// `dim` of launch_walk.
+constexpr int walk_dim(int64_t num_channels) { return num_channels <= 64 ? 64 : 128; }
 
 /// Launches the walk; `dim` 64 or 128 covers the channels of write.
 template <typename T>

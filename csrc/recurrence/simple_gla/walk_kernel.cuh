@@ -32,32 +32,50 @@
 
 namespace remora {
 
-template <typename T, int ROWS, int COLS>
-__device__ __forceinline__ void copy_rows(uint32_t dst, const WalkTensor& tensor, int64_t head, int col0,
-                                          const RecurrenceShape& shape, const int32_t* rows, int64_t position,
-                                          int num_rows, bool is_aligned) {
-  const T* src = static_cast<const T*>(tensor.data) + head / tensor.group_size * tensor.stride.head + col0;
-  const int num_cols = min(tensor.num_channels - col0, COLS);
-  if (rows == nullptr) {
-    copy_tile_async<T, ROWS, COLS, kWalkThreads>(dst, src + row_at(shape, rows, position).offset(tensor.stride),
-                                                 tensor.stride.token, num_rows, num_cols, is_aligned,
-                                                 read_thread_idx());
-    return;
+/// What the copies of a tensor need to know. It lies in shared memory: a chunk spends neither registers nor divisions
+/// on it.
+struct WalkSource {
+  const void* origin;  // head and first channel, of the first token or, where rows are routed, of row 0
+  TokenStrides stride;
+  int num_cols;
+
+  template <typename T>
+  __device__ __forceinline__ void set(const WalkTensor& tensor, const RecurrenceShape& shape, const int32_t* rows,
+                                      int64_t first_position, int64_t head, int col0) {
+    const auto* data = static_cast<const T*>(tensor.data) + head / tensor.group_size * tensor.stride.head + col0;
+    origin = rows == nullptr ? data + row_at(shape, nullptr, first_position).offset(tensor.stride) : data;
+    stride = tensor.stride;
+    num_cols = tensor.num_channels - col0;
   }
-  constexpr int kElements = 16 / sizeof(T), kUnits = COLS / kElements;
-  const int col = threadIdx.x % kUnits * kElements;
-#pragma unroll 1
-  for (int row = threadIdx.x / kUnits; row < ROWS; row += kWalkThreads / kUnits) {
-    const bool is_valid = row < num_rows && col < num_cols;
-    const T* unit = is_valid ? src + row_at(shape, rows, position + row).offset(tensor.stride) + col : src;
-    const uint32_t to = dst + SmemTile<T, COLS>::offset(row, col);
-    if (is_aligned) {
-      cp_async_16(to, unit, is_valid);
+
+  /// Tokens [first_token, first_token + num_tokens) of the span.
+  template <typename T, int ROWS, int COLS>
+  __device__ __forceinline__ void copy(uint32_t dst, const RecurrenceShape& shape, const ChunkRows<ROWS>& rows,
+                                       bool is_routed, int first_token, int num_tokens, bool is_aligned) const {
+    const T* src = static_cast<const T*>(origin);
+    const int cols = min(num_cols, COLS);
+    if (is_routed) {
+      gather_tile_async<T, ROWS, COLS, kWalkThreads>(dst, src, rows.offsets(shape, stride), num_tokens, cols,
+                                                     is_aligned, read_thread_idx());
     } else {
-      store_shared(to, load_unaligned_16(unit, is_valid ? num_cols - col : 0));
+      copy_tile_async<T, ROWS, COLS, kWalkThreads>(dst, src + first_token * stride.token, stride.token, num_tokens,
+                                                   cols, is_aligned, read_thread_idx());
     }
   }
-}
+};
+
+/// Where the span of a CTA lies; in shared memory, as registers are scarce in the loop.
+struct alignas(16) WalkPlaces {
+  WalkSource sources[4];  // write, read, x, y
+  const int32_t* rows;    // of the first token
+  // Of the head, and of the first token or, where rows are routed, of row 0:
+  const float* g;
+  void* out;  // and of the tile
+  float* dots;
+  void* states;       // saved_states or chunk_states, the first of the span
+  float* exit;        // where the state at the far end goes, or null
+  float* exit_decay;  // of a summary
+};
 
 /// A thread's part of a state in memory: element (i, r) belongs to register r of accumulator i. The warp has num_x rows
 /// of it, the first of which is first_x.
@@ -70,7 +88,7 @@ struct StatePart {
 
   __device__ __forceinline__ StatePart(Element* state, int first_x, int num_x, int num_d, int64_t stride_x,
                                        int64_t stride_d) {
-    const int x = threadIdx.x % 32 / 4, d = threadIdx.x % 4 * 2;
+    const int x = read_thread_idx() % 32 / 4, d = read_thread_idx() % 4 * 2;
     origin = state;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -113,29 +131,92 @@ __device__ __forceinline__ void store_state(const FragC (&z)[TILES], StatePart<E
   }
 }
 
-/// <z, state> over the thread's part.
+/// The same where neighbours of x lie beside each other, by pairs of 16-bit elements where they are aligned.
 template <int TILES, typename Element>
-__device__ __forceinline__ float product_with_state(const FragC (&z)[TILES], const StatePart<Element>& state) {
-  constexpr int kBatch = 4;
-  float product = 0.f;
+__device__ __forceinline__ void store_state_pairs(const FragC (&z)[TILES], Element* state, int first_x, int num_x,
+                                                  int num_d, int64_t stride_d, bool has_pairs) {
+  const int lane_idx = read_thread_idx() % 32;
+  const int num_left = num_x - lane_idx % 4 * 2;
+  int d = lane_idx / 4;
+  Element* dst = state + first_x + lane_idx % 4 * 2 + d * stride_d;
 #pragma unroll
-  for (int first = 0; first < TILES; first += kBatch) {
-    float s[kBatch][4];
+  for (int i = 0; i < TILES; ++i) {
+    const uint32_t pairs[2] = {transpose_8x8(pack<Element>(z[i].r[0], z[i].r[1])),
+                               transpose_8x8(pack<Element>(z[i].r[2], z[i].r[3]))};
+    if (d < num_d) {
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-#pragma unroll
-      for (int r = 0; r < 4; ++r) s[i][r] = state.load(first + i, r);
+      for (int half = 0; half < 2; ++half) {
+        if (has_pairs) {
+          if (half * 8 < num_left) *reinterpret_cast<uint32_t*>(dst + half * 8) = pairs[half];
+        } else {
+          const float2 pair = unpack<Element>(pairs[half]);
+          if (half * 8 < num_left) dst[half * 8] = static_cast<Element>(pair.x);
+          if (half * 8 + 1 < num_left) dst[half * 8 + 1] = static_cast<Element>(pair.y);
+        }
+      }
     }
+    d += 8;
+    dst = hide_origin(dst + 8 * stride_d);
+  }
+}
+
+/// A state of the workspace, in the order of the registers that hold it: 16 bytes of a thread beside those of the next.
+template <typename Element, int TILES>
+struct RegisterState {
+  static constexpr int kTiles = 4 / sizeof(Element);  // in 16 bytes
+  static constexpr int kSize = TILES * 4 * kWalkThreads;
+
+  static __device__ __forceinline__ void store(Element* state, const FragC (&z)[TILES]) {
+    auto* dst = reinterpret_cast<uint4*>(state) + threadIdx.x;
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
+    for (int i = 0; i < TILES / kTiles; ++i) {
+      uint4 bits;
+      if constexpr (kTiles == 2) {
+        const FragA<Element> pairs = make_a<Element>(z[2 * i], z[2 * i + 1]);
+        bits = make_uint4(pairs.r[0], pairs.r[1], pairs.r[2], pairs.r[3]);
+      } else {
+        const float (&r)[4] = z[i].r;
+        bits = make_uint4(__float_as_uint(r[0]), __float_as_uint(r[1]), __float_as_uint(r[2]), __float_as_uint(r[3]));
+      }
+      // Not an assignment: the compiler makes four stores of it.
+      __stwb(dst + i * kWalkThreads, bits);
+    }
+  }
+
+  /// <z, state> over the thread's part.
+  static __device__ __forceinline__ float product(const Element* state, const FragC (&z)[TILES]) {
+    const auto* src = reinterpret_cast<const uint4*>(state) + threadIdx.x;
+    float product = 0.f;
 #pragma unroll
-      for (int r = 0; r < 4; ++r) {
-        product = state.has(first + i, r) ? fmaf(z[first + i].r[r], s[i][r], product) : product;
+    for (int i = 0; i < TILES / kTiles; ++i) {
+      const uint4 bits = src[i * kWalkThreads];
+      const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
+#pragma unroll
+      for (int word = 0; word < 4; ++word) {
+        if constexpr (kTiles == 2) {
+          const float2 pair = unpack<Element>(words[word]);
+          const float (&r)[4] = z[2 * i + word / 2].r;
+          product = fmaf(r[word % 2 * 2 + 1], pair.y, fmaf(r[word % 2 * 2], pair.x, product));
+        } else {
+          product = fmaf(z[i].r[word], __uint_as_float(words[word]), product);
+        }
+      }
+    }
+    return product;
+  }
+
+  /// Asks for it, a chunk ahead.
+  static __device__ __forceinline__ void prefetch(const Element* state) {
+    constexpr int kLine = 128 / sizeof(Element);
+#pragma unroll
+    for (int i = 0; i < kSize / kLine; i += kWalkThreads) {
+      const int line = i + threadIdx.x;
+      if (kSize / kLine % kWalkThreads == 0 || line < kSize / kLine) {
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(state + line * kLine));
       }
     }
   }
-  return product;
-}
+};
 
 /// Finite part of x and the first (kReverse: last) token, within the 16, that was not finite, per row of the lane.
 template <typename T, bool kReverse>
@@ -224,17 +305,22 @@ __global__ void __launch_bounds__(kWalkThreads, 1) simple_gla_walk_kernel(const 
   constexpr int kStageSize = walk_stage_size(sizeof(T), DIM, kHasDots);
   constexpr int kTileSize = BLOCK_T * DIM * sizeof(T), kTileXSize = BLOCK_T * kWalkBlockX * sizeof(T);
   char* smem_after = smem + params.num_stages * kStageSize;
+  WalkPlaces& places = *reinterpret_cast<WalkPlaces*>(smem_after);
+  static_assert(sizeof(WalkPlaces) == kWalkPlacesSize);
+  smem_after += kWalkPlacesSize;
   const uint32_t smem_p = smem_address(smem_after);
   const int warp_idx = threadIdx.x / 32, lane_idx = threadIdx.x % 32;
   const int lane_row = lane_idx / 4, lane_col = lane_idx % 4 * 2;
   float* floats = reinterpret_cast<float*>(smem_after + NUM_CAUSAL * Block::SIZE);
-  float* in_coef = floats + warp_idx * 4 * BLOCK_T;  // e^{G_i}
+  float* in_coef = floats + warp_idx * 5 * BLOCK_T;  // e^{G_i}
   float* out_coef = in_coef + BLOCK_T;               // e^{G_C - G_i}
   float* cumsum = out_coef + BLOCK_T;                // G_i, in units of log 2
   float* rests = cumsum + BLOCK_T;                   // of float: what G_i is rounded by
+  int* out_rows = reinterpret_cast<int*>(rests + BLOCK_T);
   float* const read_coef = kReverse ? out_coef : in_coef;
   float* const write_coef = kReverse ? in_coef : out_coef;
-  float* smem_products = floats + 4 * 4 * BLOCK_T;   // [4]; of a summary, the decay of the span so far
+  float* smem_g = floats + 4 * 5 * BLOCK_T;          // [2][BLOCK_T], as given
+  float* smem_products = smem_g + 2 * BLOCK_T;       // [4]; of a summary, the decay of the span so far
   float* smem_dots = smem_products + 4;              // [4][BLOCK_T]
   float* smem_rect = smem_dots + 4 * BLOCK_T;        // [BLOCK_T] rectangles of the diagonal blocks
   float* smem_rows = smem_rect + BLOCK_T;            // [NUM_CAUSAL][16] sums of M over a block's columns
@@ -243,40 +329,46 @@ __global__ void __launch_bounds__(kWalkThreads, 1) simple_gla_walk_kernel(const 
 
   // Work of the CTA
   const RecurrenceShape& shape = params.shape;
-  int64_t index = blockIdx.x;
-  const int tile = static_cast<int>(index % params.num_x_tiles);
-  index /= params.num_x_tiles;
-  const int64_t num_heads = shape.num_value_heads, head = index % num_heads;
-  index /= num_heads;
-  const int64_t span = index % params.num_spans, seq_idx = index / params.num_spans;
+  const int64_t num_heads = shape.num_value_heads;
+  // The grid has fewer than 2^31 CTAs.
+  uint32_t index = blockIdx.x;
+  const auto take = [&](int64_t count) {
+    const auto divisor = static_cast<uint32_t>(count);
+    const uint32_t rest = index % divisor;
+    index /= divisor;
+    return static_cast<int>(rest);
+  };
+  const int tile = take(params.num_x_tiles), head = take(num_heads), span = take(params.num_spans);
+  const auto seq_idx = static_cast<int>(index);
   const Sequence seq = find_sequence(shape, params.cu_seqlens, seq_idx);
-  const int64_t begin = span * params.span_tokens, end = min(begin + params.span_tokens, seq.num_tokens);
+  const int64_t begin = int64_t{span} * params.span_tokens, end = min(begin + params.span_tokens, seq.num_tokens);
   if (span > 0 && begin >= end) return;
   const int num_tokens = static_cast<int>(end - begin), num_chunks = (num_tokens + BLOCK_T - 1) / BLOCK_T;
   const bool is_first = kReverse ? end == seq.num_tokens : span == 0;  // walked first
   const bool is_last = kReverse ? span == 0 : end == seq.num_tokens;
   const bool is_summary = params.out == nullptr;
   const int64_t first_position = seq.first_token + begin;
-  const auto row_of = [&](int64_t position) { return row_at(shape, params.rows, position).row; };
 
   const int x_dim = params.x.num_channels, d_dim = params.write.num_channels;
   const int x0 = tile * kWalkBlockX, warp_x = warp_idx * 16;
   const int num_x = min(max(x_dim - x0 - warp_x, 0), 16);
   const int64_t state_size = int64_t{x_dim} * d_dim;
-  // Forward from the thread's index anew, or registers spill.
-  const auto first_x = [&] { return x0 + (kReverse ? warp_x : read_thread_idx() / 32 * 16); };
   const auto state_offset = [&] { return (seq_idx * num_heads + head) * state_size; };
   const auto inner_offset = [&] { return head * state_size; };
   const int64_t slot_stride = num_heads * state_size;
   const auto entry_part = [&]<typename Element>(Element* state) {
-    return StatePart<Element>(state, first_x(), num_x, d_dim, params.entry_stride_x, params.entry_stride_d);
+    return StatePart<Element>(state, x0 + warp_x, num_x, d_dim, params.entry_stride_x, params.entry_stride_d);
   };
   const auto saved_part = [&]<typename Element>(Element* state) {
-    return StatePart<Element>(state, first_x(), num_x, d_dim, params.saved_stride_x, params.saved_stride_d);
+    return StatePart<Element>(state, x0 + warp_x, num_x, d_dim, params.saved_stride_x, params.saved_stride_d);
   };
-  const int64_t span_slot = seq.first_token / params.span_tokens + seq_idx + span;
-  const int64_t saved_slot = first_state_slot(seq.first_token, seq_idx) + begin / kStateInterval;
-  const int64_t chunk_slot = seq.first_token / BLOCK_T + seq_idx + begin / BLOCK_T;
+  // Slots of states fit into 32 bits: one per kStateInterval tokens and sequence, or fewer, with KiB each.
+  const int span_slot = static_cast<int>(seq.first_token / params.span_tokens + seq_idx + span);
+  const int saved_slot = static_cast<int>(first_state_slot(seq.first_token, seq_idx) + begin / kStateInterval);
+  using ChunkState = RegisterState<Saved, DIM / 8>;
+  const auto chunk_state = [&](int chunk) {
+    return static_cast<Saved*>(places.states) + chunk * (num_heads * params.num_x_tiles * ChunkState::kSize);
+  };
 
   // State at the near end of the span
   FragC z[DIM / 8] = {};
@@ -295,30 +387,58 @@ __global__ void __launch_bounds__(kWalkThreads, 1) simple_gla_walk_kernel(const 
   }
 
   const auto chunk_at = [&](int step) { return kReverse ? num_chunks - 1 - step : step; };
-  float next_g[kPerLane] = {};
+  const bool is_routed = params.rows != nullptr;
+  if (threadIdx.x < (kHasDots ? 4 : 3)) {
+    const WalkTensor& tensor = threadIdx.x == 0   ? params.write
+                               : threadIdx.x == 1 ? params.read
+                               : threadIdx.x == 2 ? params.x
+                                                  : params.y;
+    places.sources[threadIdx.x].set<T>(tensor, shape, params.rows, first_position, head, threadIdx.x < 2 ? 0 : x0);
+  }
+  if (threadIdx.x == 0) {
+    const int64_t first_row = is_routed ? 0 : first_position;
+    const int64_t chunk_slot = seq.first_token / BLOCK_T + seq_idx + begin / BLOCK_T;
+    const int out_size = params.is_out_float ? sizeof(float) : sizeof(T);
+    places.rows = params.rows + first_position;
+    places.g = params.g + first_row * num_heads + head;
+    places.out = static_cast<char*>(params.out) + ((first_row * num_heads + head) * x_dim + x0) * out_size;
+    places.dots = params.dots + (tile * (shape.batch * shape.seqlen) + first_row) * num_heads + head;
+    places.states = kHasDots ? static_cast<Saved*>(params.chunk_states) +
+                                   ((chunk_slot * num_heads + head) * params.num_x_tiles + tile) * ChunkState::kSize
+                             : static_cast<Saved*>(params.saved_states) + saved_slot * slot_stride + inner_offset();
+    places.exit = is_summary                          ? params.span_states + span_slot * slot_stride + inner_offset()
+                  : is_last && params.exit != nullptr ? params.exit + state_offset()
+                                                      : nullptr;
+    places.exit_decay = params.span_decays + span_slot * num_heads + head;
+  }
+  __syncthreads();
+
+  // Row of token lane + 32 i of a chunk in what `places` says.
+  const auto own_row = [&](const ChunkRows<BLOCK_T>& rows, int chunk, int i) {
+    return is_routed ? static_cast<int>(rows.own_row(shape, i)) : chunk * BLOCK_T + lane_idx + i * 32;
+  };
   const auto copy_chunk = [&](int step, int stage_idx) {
     if (step < num_chunks) {
       const int chunk = chunk_at(step), valid = min(num_tokens - chunk * BLOCK_T, BLOCK_T);
-      const int64_t position = first_position + chunk * BLOCK_T;
+      ChunkRows<BLOCK_T> rows;
+      if (is_routed) rows.load(places.rows, chunk * BLOCK_T, valid);
+      if (threadIdx.x < BLOCK_T) {
+        const bool is_valid = params.g != nullptr && threadIdx.x < valid;
+        const float* g = is_valid ? places.g + own_row(rows, chunk, warp_idx) * num_heads : nullptr;
+        cp_async_4(smem_address(smem_g + stage_idx * BLOCK_T + threadIdx.x), g, is_valid);
+      }
+      if constexpr (kReverseDots) ChunkState::prefetch(chunk_state(chunk));
       uint32_t dst = smem_stages + stage_idx * kStageSize;
-      copy_rows<T, BLOCK_T, DIM>(dst, params.write, head, 0, shape, params.rows, position, valid, params.is_aligned);
-      if (!is_summary) {
-        copy_rows<T, BLOCK_T, DIM>(dst + kTileSize, params.read, head, 0, shape, params.rows, position, valid,
-                                   params.is_aligned);
+#pragma unroll 1
+      for (int i = 0; i < (is_summary ? 1 : 2); ++i) {
+        places.sources[i].copy<T, BLOCK_T, DIM>(dst + i * kTileSize, shape, rows, is_routed, chunk * BLOCK_T, valid,
+                                                params.is_aligned);
       }
       dst += 2 * kTileSize;
-      copy_rows<T, BLOCK_T, kWalkBlockX>(dst, params.x, head, x0, shape, params.rows, position, valid,
-                                         params.is_aligned);
-      if constexpr (kHasDots) {
-        copy_rows<T, BLOCK_T, kWalkBlockX>(dst + kTileXSize, params.y, head, x0, shape, params.rows, position, valid,
-                                           params.is_aligned);
-      }
-#pragma unroll
-      for (int i = 0; i < kPerLane; ++i) {
-        const int token = lane_idx + i * 32;
-        const bool is_valid = params.g != nullptr && token < valid;
-        const float g = is_valid ? params.g[row_of(position + token) * num_heads + head] : 0.f;
-        next_g[i] = g < -88.f ? -88.f : g;
+#pragma unroll 1
+      for (int i = 0; i < (kHasDots ? 2 : 1); ++i) {
+        places.sources[2 + i].copy<T, BLOCK_T, kWalkBlockX>(dst + i * kTileXSize, shape, rows, is_routed,
+                                                            chunk * BLOCK_T, valid, params.is_aligned);
       }
     }
     cp_async_commit();
@@ -328,30 +448,41 @@ __global__ void __launch_bounds__(kWalkThreads, 1) simple_gla_walk_kernel(const 
 #pragma unroll 1
   for (int step = 0; step < num_chunks; ++step) {
     const int chunk = chunk_at(step), valid = min(num_tokens - chunk * BLOCK_T, BLOCK_T);
-    const int64_t position = first_position + chunk * BLOCK_T;
     const int stage_idx = params.num_stages == 2 ? step % 2 : 0;
     const uint32_t tile_w = smem_stages + stage_idx * kStageSize, tile_r = tile_w + kTileSize;
     const uint32_t tile_x = tile_r + kTileSize, tile_y = tile_x + kTileXSize;
 
-    // Gates of this chunk; each warp has its own copy
+    cp_async_wait<0>();
+    __syncthreads();
+    if (params.num_stages == 2) copy_chunk(step + 1, stage_idx ^ 1);
+
+    // Rows of the outputs, and gates; each warp has its own copy
+    ChunkRows<BLOCK_T> rows;
+    if (is_routed) rows.load(places.rows, chunk * BLOCK_T, valid);
+    __syncwarp();
+    float g[kPerLane];
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      out_rows[lane_idx + i * 32] = own_row(rows, chunk, i);
+      const float given = smem_g[stage_idx * BLOCK_T + lane_idx + i * 32];
+      g[i] = (given < -88.f ? -88.f : given) * kLog2e;
+    }
     float decay;
     if constexpr (BLOCK_T == 32) {
-      const LogDecay g = inclusive_log_decay(next_g[0] * kLog2e);
-      const LogDecay all{__shfl_sync(kFullWarp, g.sum, 31), __shfl_sync(kFullWarp, g.rest, 31)};
+      const LogDecay sum = inclusive_log_decay(g[0]);
+      const LogDecay all{__shfl_sync(kFullWarp, sum.sum, 31), __shfl_sync(kFullWarp, sum.rest, 31)};
       decay = exp2_approx(all.sum);
-      __syncwarp();
-      cumsum[lane_idx] = g.sum, rests[lane_idx] = g.rest;
-      in_coef[lane_idx] = params.scale * exp2_approx(g.sum);
-      out_coef[lane_idx] = exp2_approx(all.since(g));
+      cumsum[lane_idx] = sum.sum, rests[lane_idx] = sum.rest;
+      in_coef[lane_idx] = params.scale * exp2_approx(sum.sum);
+      out_coef[lane_idx] = exp2_approx(all.since(sum));
     } else {
       float g_sum[kPerLane], g_before = 0.f;
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i) {
-        g_sum[i] = g_before + warp_inclusive_sum(next_g[i] * kLog2e);
+        g_sum[i] = g_before + warp_inclusive_sum(g[i]);
         g_before = __shfl_sync(kFullWarp, g_sum[i], 31);
       }
       decay = exp2_approx(g_before);
-      __syncwarp();
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i) {
         const int token = lane_idx + i * 32;
@@ -361,31 +492,24 @@ __global__ void __launch_bounds__(kWalkThreads, 1) simple_gla_walk_kernel(const 
       }
     }
     if (is_summary && threadIdx.x == 0) smem_products[0] = step == 0 ? decay : smem_products[0] * decay;
-    cp_async_wait<0>();
-    __syncthreads();
-    if (params.num_stages == 2) copy_chunk(step + 1, stage_idx ^ 1);
+    __syncwarp();
 
     // States between the chunks, for the backward pass or within it
-    if (!kReverse && !is_summary && params.saved_use != WalkParams::kNone) {
-      const int in_interval = chunk % (kStateInterval / BLOCK_T);
-      Saved* dst = nullptr;
-      if (params.saved_use == WalkParams::kWrite) {
-        if (in_interval == 0) {
-          dst = static_cast<Saved*>(params.saved_states) +
-                (saved_slot + chunk / (kStateInterval / BLOCK_T)) * slot_stride;
+    if constexpr (kForwardDots) {
+      ChunkState::store(chunk_state(chunk), z);
+    } else if constexpr (!kReverse) {
+      constexpr int kChunks = kStateInterval / BLOCK_T;
+      if (params.saved_use == WalkParams::kWrite && !is_summary && chunk % kChunks == 0) {
+        Saved* dst = static_cast<Saved*>(places.states) + chunk / kChunks * slot_stride;
+        if constexpr (sizeof(Saved) == 2) {
+          store_state_pairs(z, dst, x0 + warp_x, num_x, d_dim, params.saved_stride_d, params.has_saved_pairs);
+        } else {
+          store_state(z, saved_part(dst));
         }
-      } else if (in_interval != 0 && params.chunk_states != nullptr) {
-        dst = static_cast<Saved*>(params.chunk_states) + (chunk_slot + chunk) * slot_stride;
       }
-      if (dst != nullptr) store_state(z, saved_part(dst + inner_offset()));
     }
     if constexpr (kReverseDots) {
-      const int in_interval = chunk % (kStateInterval / BLOCK_T);
-      const Saved* src = in_interval == 0
-                             ? static_cast<const Saved*>(params.saved_states) +
-                                   (saved_slot + chunk / (kStateInterval / BLOCK_T)) * slot_stride
-                             : static_cast<const Saved*>(params.chunk_states) + (chunk_slot + chunk) * slot_stride;
-      const float product = warp_sum(product_with_state(z, saved_part(src + inner_offset())));
+      const float product = warp_sum(ChunkState::product(chunk_state(chunk), z));
       if (lane_idx == 0) smem_products[warp_idx] = product * decay;
     }
 
@@ -551,37 +675,41 @@ __global__ void __launch_bounds__(kWalkThreads, 1) simple_gla_walk_kernel(const 
       }
 
       // Outputs
+      const int row_size = static_cast<int>(num_heads) * x_dim;
       if (params.is_out_float || sizeof(T) == 4) {
 #pragma unroll
         for (int n = 0; n < BLOCK_T / 8; ++n) {
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
             const int token = n * 8 + lane_col + e;
-            if (token >= valid) continue;
-            float* dst = static_cast<float*>(params.out) + (row_of(position + token) * num_heads + head) * x_dim + x0 +
-                         warp_x + lane_row;
-            if (lane_row < num_x) dst[0] = out[n].r[e];
-            if (lane_row + 8 < num_x) dst[8] = out[n].r[e + 2];
+            float* dst = static_cast<float*>(places.out) + int64_t{out_rows[token]} * row_size + warp_x + lane_row;
+            if (token < valid && lane_row < num_x) dst[0] = out[n].r[e];
+            if (token < valid && lane_row + 8 < num_x) dst[8] = out[n].r[e + 2];
           }
         }
       } else if constexpr (sizeof(T) == 2) {
+        const auto for_each_token = [&](auto store) {
 #pragma unroll
-        for (int n = 0; n < BLOCK_T / 8; ++n) {
-          const int token = n * 8 + lane_row;
-          const uint32_t lo = transpose_8x8(pack<T>(out[n].r[0], out[n].r[1]));
-          const uint32_t hi = transpose_8x8(pack<T>(out[n].r[2], out[n].r[3]));
-          if (token >= valid) continue;
-          T* dst = static_cast<T*>(params.out) + (row_of(position + token) * num_heads + head) * x_dim + x0 + warp_x;
-          if (params.is_aligned) {
-            if (lane_col < num_x) *reinterpret_cast<uint32_t*>(dst + lane_col) = lo;
-            if (lane_col + 8 < num_x) *reinterpret_cast<uint32_t*>(dst + lane_col + 8) = hi;
-          } else {
-            const float2 first = unpack<T>(lo), second = unpack<T>(hi);
-            if (lane_col < num_x) dst[lane_col] = static_cast<T>(first.x);
-            if (lane_col + 1 < num_x) dst[lane_col + 1] = static_cast<T>(first.y);
-            if (lane_col + 8 < num_x) dst[lane_col + 8] = static_cast<T>(second.x);
-            if (lane_col + 9 < num_x) dst[lane_col + 9] = static_cast<T>(second.y);
+          for (int n = 0; n < BLOCK_T / 8; ++n) {
+            const uint32_t lo = transpose_8x8(pack<T>(out[n].r[0], out[n].r[1]));
+            const uint32_t hi = transpose_8x8(pack<T>(out[n].r[2], out[n].r[3]));
+            T* dst = static_cast<T*>(places.out) + int64_t{out_rows[n * 8 + lane_row]} * row_size + warp_x + lane_col;
+            if (n * 8 + lane_row < valid) store(dst, lo, hi);
           }
+        };
+        if (params.is_aligned) {
+          for_each_token([&](T* dst, uint32_t lo, uint32_t hi) {
+            if (lane_col < num_x) *reinterpret_cast<uint32_t*>(dst) = lo;
+            if (lane_col + 8 < num_x) *reinterpret_cast<uint32_t*>(dst + 8) = hi;
+          });
+        } else {
+          for_each_token([&](T* dst, uint32_t lo, uint32_t hi) {
+            const float2 first = unpack<T>(lo), second = unpack<T>(hi);
+            if (lane_col < num_x) dst[0] = static_cast<T>(first.x);
+            if (lane_col + 1 < num_x) dst[1] = static_cast<T>(first.y);
+            if (lane_col + 8 < num_x) dst[8] = static_cast<T>(second.x);
+            if (lane_col + 9 < num_x) dst[9] = static_cast<T>(second.y);
+          });
         }
       }
 
@@ -615,7 +743,7 @@ __global__ void __launch_bounds__(kWalkThreads, 1) simple_gla_walk_kernel(const 
           dg += ((suffix_sum<16>(as_row) + exclusive_sum<16>(as_col)) + over) + smem_rect[token];
         }
         if (token < valid) {
-          params.dots[(tile * (shape.batch * shape.seqlen) + row_of(position + token)) * num_heads + head] = dg;
+          places.dots[out_rows[token] * num_heads] = dg;
         }
       }
     }
@@ -659,14 +787,12 @@ __global__ void __launch_bounds__(kWalkThreads, 1) simple_gla_walk_kernel(const 
   }
 
   // State at the far end
+  float* const exit = places.exit;
   if (is_summary) {
-    float* dst = params.span_states + span_slot * slot_stride + inner_offset();
-    store_state(z, saved_part(dst));
-    if (tile == 0 && threadIdx.x == 0) {
-      params.span_decays[span_slot * num_heads + head] = num_chunks > 0 ? smem_products[0] : 1.f;
-    }
-  } else if (is_last && params.exit != nullptr) {
-    store_state(z, entry_part(params.exit + state_offset()));
+    store_state(z, saved_part(exit));
+    if (tile == 0 && threadIdx.x == 0) *places.exit_decay = num_chunks > 0 ? smem_products[0] : 1.f;
+  } else if (exit != nullptr) {
+    store_state(z, entry_part(exit));
   }
 }
 

@@ -59,8 +59,7 @@ constexpr int walk_stage_size(int element_size, int dim, bool has_dots) {
 constexpr int walk_smem_size(int element_size, int dim, bool has_dots, int num_stages) {
   const int block_t = walk_block_t(element_size), blocks = block_t / 16 * (block_t / 16 + 1) / 2;
   return num_stages * walk_stage_size(element_size, dim, has_dots) + kWalkPlacesSize + blocks * 256 * element_size +
-         (4 * 5 * block_t + 2 * block_t + 4) * 4 +
-         (has_dots ? (blocks * 32 + (blocks + 3) / 4 * 4 + 5 * block_t) * 4 : 0);
+         (4 * 5 * block_t + 4) * 4 + (has_dots ? (blocks * 32 + (blocks + 3) / 4 * 4 + 5 * block_t) * 4 : 0);
 }
 
 /// Elements of one chunk state.

@@ -52,7 +52,7 @@ struct WalkSource {
   template <typename T, int ROWS, int COLS>
   __device__ __forceinline__ void copy(uint32_t dst, const RecurrenceShape& shape, const ChunkRows<ROWS>& rows,
                                        bool is_routed, int first_token, int num_tokens, bool is_aligned) const {
-    const T* src = static_cast<const T*>(origin);
+    const T* src = hide_origin(static_cast<const T*>(origin));
     const int cols = min(num_cols, COLS);
     if (is_routed) {
       gather_tile_async<T, ROWS, COLS, kWalkThreads>(dst, src, rows.offsets(shape, stride), num_tokens, cols,
@@ -137,26 +137,29 @@ __device__ __forceinline__ void store_state_pairs(const FragC (&z)[TILES], Eleme
                                                   int num_d, int64_t stride_d, bool has_pairs) {
   const int lane_idx = read_thread_idx() % 32;
   const int num_left = num_x - lane_idx % 4 * 2;
-  int d = lane_idx / 4;
-  Element* dst = state + first_x + lane_idx % 4 * 2 + d * stride_d;
+  Element* dst = state + first_x + lane_idx % 4 * 2 + lane_idx / 4 * stride_d;
+  const auto for_each_pair = [&](auto store) {
+    int d = lane_idx / 4;
 #pragma unroll
-  for (int i = 0; i < TILES; ++i) {
-    const uint32_t pairs[2] = {transpose_8x8(pack<Element>(z[i].r[0], z[i].r[1])),
-                               transpose_8x8(pack<Element>(z[i].r[2], z[i].r[3]))};
-    if (d < num_d) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        if (has_pairs) {
-          if (half * 8 < num_left) *reinterpret_cast<uint32_t*>(dst + half * 8) = pairs[half];
-        } else {
-          const float2 pair = unpack<Element>(pairs[half]);
-          if (half * 8 < num_left) dst[half * 8] = static_cast<Element>(pair.x);
-          if (half * 8 + 1 < num_left) dst[half * 8 + 1] = static_cast<Element>(pair.y);
-        }
-      }
+    for (int i = 0; i < TILES; ++i) {
+      const uint32_t lo = transpose_8x8(pack<Element>(z[i].r[0], z[i].r[1]));
+      const uint32_t hi = transpose_8x8(pack<Element>(z[i].r[2], z[i].r[3]));
+      store(dst, d < num_d ? num_left : 0, lo);
+      store(dst + 8, d < num_d ? num_left - 8 : 0, hi);
+      d += 8;
+      dst = hide_origin(dst + 8 * stride_d);
     }
-    d += 8;
-    dst = hide_origin(dst + 8 * stride_d);
+  };
+  if (has_pairs) {
+    for_each_pair([](Element* to, int num_valid, uint32_t pair) {
+      if (num_valid > 0) *reinterpret_cast<uint32_t*>(to) = pair;
+    });
+  } else {
+    for_each_pair([](Element* to, int num_valid, uint32_t pair) {
+      const float2 x = unpack<Element>(pair);
+      if (num_valid > 0) to[0] = static_cast<Element>(x.x);
+      if (num_valid > 1) to[1] = static_cast<Element>(x.y);
+    });
   }
 }
 
@@ -183,26 +186,32 @@ struct RegisterState {
     }
   }
 
-  /// <z, state> over the thread's part.
-  static __device__ __forceinline__ float product(const Element* state, const FragC (&z)[TILES]) {
+  uint4 bits[TILES / kTiles];
+
+  __device__ __forceinline__ void load(const Element* state) {
     const auto* src = reinterpret_cast<const uint4*>(state) + threadIdx.x;
-    float product = 0.f;
+#pragma unroll
+    for (int i = 0; i < TILES / kTiles; ++i) bits[i] = src[i * kWalkThreads];
+  }
+
+  /// <z, state> over the thread's part.
+  __device__ __forceinline__ float product(const FragC (&z)[TILES]) const {
+    float products[4] = {};
 #pragma unroll
     for (int i = 0; i < TILES / kTiles; ++i) {
-      const uint4 bits = src[i * kWalkThreads];
-      const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
+      const uint32_t words[4] = {bits[i].x, bits[i].y, bits[i].z, bits[i].w};
 #pragma unroll
       for (int word = 0; word < 4; ++word) {
         if constexpr (kTiles == 2) {
           const float2 pair = unpack<Element>(words[word]);
           const float (&r)[4] = z[2 * i + word / 2].r;
-          product = fmaf(r[word % 2 * 2 + 1], pair.y, fmaf(r[word % 2 * 2], pair.x, product));
+          products[word] = fmaf(r[word % 2 * 2 + 1], pair.y, fmaf(r[word % 2 * 2], pair.x, products[word]));
         } else {
-          product = fmaf(z[i].r[word], __uint_as_float(words[word]), product);
+          products[word] = fmaf(z[i].r[word], __uint_as_float(words[word]), products[word]);
         }
       }
     }
-    return product;
+    return (products[0] + products[1]) + (products[2] + products[3]);
   }
 
   /// Asks for it, a chunk ahead.
@@ -312,20 +321,20 @@ __global__ void __launch_bounds__(kWalkThreads, 1) simple_gla_walk_kernel(const 
   const int warp_idx = threadIdx.x / 32, lane_idx = threadIdx.x % 32;
   const int lane_row = lane_idx / 4, lane_col = lane_idx % 4 * 2;
   float* floats = reinterpret_cast<float*>(smem_after + NUM_CAUSAL * Block::SIZE);
-  float* in_coef = floats + warp_idx * 5 * BLOCK_T;  // e^{G_i}
+  float* in_coef = floats + warp_idx * 4 * BLOCK_T;  // e^{G_i}
   float* out_coef = in_coef + BLOCK_T;               // e^{G_C - G_i}
   float* cumsum = out_coef + BLOCK_T;                // G_i, in units of log 2
   float* rests = cumsum + BLOCK_T;                   // of float: what G_i is rounded by
-  int* out_rows = reinterpret_cast<int*>(rests + BLOCK_T);
   float* const read_coef = kReverse ? out_coef : in_coef;
   float* const write_coef = kReverse ? in_coef : out_coef;
-  float* smem_g = floats + 4 * 5 * BLOCK_T;          // [2][BLOCK_T], as given
-  float* smem_products = smem_g + 2 * BLOCK_T;       // [4]; of a summary, the decay of the span so far
-  float* smem_dots = smem_products + 4;              // [4][BLOCK_T]
-  float* smem_rect = smem_dots + 4 * BLOCK_T;        // [BLOCK_T] rectangles of the diagonal blocks
-  float* smem_rows = smem_rect + BLOCK_T;            // [NUM_CAUSAL][16] sums of M over a block's columns
-  float* smem_cols = smem_rows + NUM_CAUSAL * 16;    // over its rows
-  float* smem_totals = smem_cols + NUM_CAUSAL * 16;  // [NUM_CAUSAL]
+  float* smem_g = floats + 4 * 4 * BLOCK_T;                        // [2][BLOCK_T], as given
+  int* token_rows = reinterpret_cast<int*>(smem_g + 2 * BLOCK_T);  // [2][BLOCK_T], in what `places` says
+  float* smem_products = smem_g + 4 * BLOCK_T;                     // [4]; of a summary, the decay of the span so far
+  float* smem_dots = smem_products + 4;                            // [4][BLOCK_T]
+  float* smem_rect = smem_dots + 4 * BLOCK_T;                      // [BLOCK_T] rectangles of the diagonal blocks
+  float* smem_rows = smem_rect + BLOCK_T;                          // [NUM_CAUSAL][16] sums of M over a block's columns
+  float* smem_cols = smem_rows + NUM_CAUSAL * 16;                  // over its rows
+  float* smem_totals = smem_cols + NUM_CAUSAL * 16;                // [NUM_CAUSAL]
 
   // Work of the CTA
   const RecurrenceShape& shape = params.shape;
@@ -367,7 +376,8 @@ __global__ void __launch_bounds__(kWalkThreads, 1) simple_gla_walk_kernel(const 
   const int saved_slot = static_cast<int>(first_state_slot(seq.first_token, seq_idx) + begin / kStateInterval);
   using ChunkState = RegisterState<Saved, DIM / 8>;
   const auto chunk_state = [&](int chunk) {
-    return static_cast<Saved*>(places.states) + chunk * (num_heads * params.num_x_tiles * ChunkState::kSize);
+    return hide_origin(static_cast<Saved*>(places.states)) +
+           chunk * (num_heads * params.num_x_tiles * ChunkState::kSize);
   };
 
   // State at the near end of the span
@@ -413,18 +423,16 @@ __global__ void __launch_bounds__(kWalkThreads, 1) simple_gla_walk_kernel(const 
   }
   __syncthreads();
 
-  // Row of token lane + 32 i of a chunk in what `places` says.
-  const auto own_row = [&](const ChunkRows<BLOCK_T>& rows, int chunk, int i) {
-    return is_routed ? static_cast<int>(rows.own_row(shape, i)) : chunk * BLOCK_T + lane_idx + i * 32;
-  };
   const auto copy_chunk = [&](int step, int stage_idx) {
     if (step < num_chunks) {
       const int chunk = chunk_at(step), valid = min(num_tokens - chunk * BLOCK_T, BLOCK_T);
       ChunkRows<BLOCK_T> rows;
-      if (is_routed) rows.load(places.rows, chunk * BLOCK_T, valid);
+      if (is_routed) rows.load(hide_origin(places.rows), chunk * BLOCK_T, valid);
       if (threadIdx.x < BLOCK_T) {
+        const int row = is_routed ? static_cast<int>(rows.own_row(shape, warp_idx)) : chunk * BLOCK_T + threadIdx.x;
+        token_rows[stage_idx * BLOCK_T + threadIdx.x] = row;
         const bool is_valid = params.g != nullptr && threadIdx.x < valid;
-        const float* g = is_valid ? places.g + own_row(rows, chunk, warp_idx) * num_heads : nullptr;
+        const float* g = is_valid ? places.g + row * num_heads : nullptr;
         cp_async_4(smem_address(smem_g + stage_idx * BLOCK_T + threadIdx.x), g, is_valid);
       }
       if constexpr (kReverseDots) ChunkState::prefetch(chunk_state(chunk));
@@ -456,14 +464,11 @@ __global__ void __launch_bounds__(kWalkThreads, 1) simple_gla_walk_kernel(const 
     __syncthreads();
     if (params.num_stages == 2) copy_chunk(step + 1, stage_idx ^ 1);
 
-    // Rows of the outputs, and gates; each warp has its own copy
-    ChunkRows<BLOCK_T> rows;
-    if (is_routed) rows.load(places.rows, chunk * BLOCK_T, valid);
-    __syncwarp();
+    // Gates; each warp has its own copy
+    const int* out_rows = token_rows + stage_idx * BLOCK_T;
     float g[kPerLane];
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
-      out_rows[lane_idx + i * 32] = own_row(rows, chunk, i);
       const float given = smem_g[stage_idx * BLOCK_T + lane_idx + i * 32];
       g[i] = (given < -88.f ? -88.f : given) * kLog2e;
     }
@@ -500,7 +505,7 @@ __global__ void __launch_bounds__(kWalkThreads, 1) simple_gla_walk_kernel(const 
     } else if constexpr (!kReverse) {
       constexpr int kChunks = kStateInterval / BLOCK_T;
       if (params.saved_use == WalkParams::kWrite && !is_summary && chunk % kChunks == 0) {
-        Saved* dst = static_cast<Saved*>(places.states) + chunk / kChunks * slot_stride;
+        Saved* dst = hide_origin(static_cast<Saved*>(places.states)) + chunk / kChunks * slot_stride;
         if constexpr (sizeof(Saved) == 2) {
           store_state_pairs(z, dst, x0 + warp_x, num_x, d_dim, params.saved_stride_d, params.has_saved_pairs);
         } else {
@@ -508,26 +513,31 @@ __global__ void __launch_bounds__(kWalkThreads, 1) simple_gla_walk_kernel(const 
         }
       }
     }
-    if constexpr (kReverseDots) {
-      const float product = warp_sum(ChunkState::product(chunk_state(chunk), z));
-      if (lane_idx == 0) smem_products[warp_idx] = product * decay;
-    }
+    ChunkState state;
+    if constexpr (kReverseDots) state.load(chunk_state(chunk));
 
     if (!is_summary) {
       // P, its blocks dealt to the warps
       for (int block = warp_idx; block < NUM_CAUSAL; block += 4) {
         int i = 0;
-        while ((i + 1) * (i + 2) / 2 <= block) ++i;
+#pragma unroll
+        for (int n = 1; n < NUM_BLOCKS; ++n) i += block >= n * (n + 1) / 2;
         const int j = block - i * (i + 1) / 2;
         const uint32_t later = kReverse ? tile_w : tile_r, earlier = kReverse ? tile_r : tile_w;
-        FragC p[2] = {};
+        FragC sums[2][2] = {};  // two, or every product waits for the one before
 #pragma unroll
         for (int d = 0; d < DIM; d += 16) {
           const FragA<T> a = Tile::load_a(later, i * 16, d);
           FragB<T> b[2];
           Tile::load_b(b, earlier, j * 16, d);
-          mma(p[0], a, b[0]);
-          mma(p[1], a, b[1]);
+          mma(sums[d / 16 % 2][0], a, b[0]);
+          mma(sums[d / 16 % 2][1], a, b[1]);
+        }
+        FragC p[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+#pragma unroll
+          for (int r = 0; r < 4; ++r) p[half].r[r] = sums[0][half].r[r] + sums[1][half].r[r];
         }
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -602,6 +612,11 @@ __global__ void __launch_bounds__(kWalkThreads, 1) simple_gla_walk_kernel(const 
             }
           }
         }
+      }
+
+      if constexpr (kReverseDots) {
+        const float product = warp_sum(state.product(z));
+        if (lane_idx == 0) smem_products[warp_idx] = product * decay;
       }
 
       // Z r
@@ -682,7 +697,8 @@ __global__ void __launch_bounds__(kWalkThreads, 1) simple_gla_walk_kernel(const 
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
             const int token = n * 8 + lane_col + e;
-            float* dst = static_cast<float*>(places.out) + int64_t{out_rows[token]} * row_size + warp_x + lane_row;
+            float* dst =
+                hide_origin(static_cast<float*>(places.out)) + int64_t{out_rows[token]} * row_size + warp_x + lane_row;
             if (token < valid && lane_row < num_x) dst[0] = out[n].r[e];
             if (token < valid && lane_row + 8 < num_x) dst[8] = out[n].r[e + 2];
           }
@@ -693,7 +709,8 @@ __global__ void __launch_bounds__(kWalkThreads, 1) simple_gla_walk_kernel(const 
           for (int n = 0; n < BLOCK_T / 8; ++n) {
             const uint32_t lo = transpose_8x8(pack<T>(out[n].r[0], out[n].r[1]));
             const uint32_t hi = transpose_8x8(pack<T>(out[n].r[2], out[n].r[3]));
-            T* dst = static_cast<T*>(places.out) + int64_t{out_rows[n * 8 + lane_row]} * row_size + warp_x + lane_col;
+            T* dst = hide_origin(static_cast<T*>(places.out)) + int64_t{out_rows[n * 8 + lane_row]} * row_size +
+                     warp_x + lane_col;
             if (n * 8 + lane_row < valid) store(dst, lo, hi);
           }
         };
@@ -743,7 +760,7 @@ __global__ void __launch_bounds__(kWalkThreads, 1) simple_gla_walk_kernel(const 
           dg += ((suffix_sum<16>(as_row) + exclusive_sum<16>(as_col)) + over) + smem_rect[token];
         }
         if (token < valid) {
-          places.dots[out_rows[token] * num_heads] = dg;
+          hide_origin(places.dots)[out_rows[token] * num_heads] = dg;
         }
       }
     }
@@ -789,10 +806,10 @@ __global__ void __launch_bounds__(kWalkThreads, 1) simple_gla_walk_kernel(const 
   // State at the far end
   float* const exit = places.exit;
   if (is_summary) {
-    store_state(z, saved_part(exit));
-    if (tile == 0 && threadIdx.x == 0) *places.exit_decay = num_chunks > 0 ? smem_products[0] : 1.f;
+    store_state(z, saved_part(hide_origin(exit)));
+    if (tile == 0 && threadIdx.x == 0) *hide_origin(places.exit_decay) = num_chunks > 0 ? smem_products[0] : 1.f;
   } else if (exit != nullptr) {
-    store_state(z, entry_part(exit));
+    store_state(z, entry_part(hide_origin(exit)));
   }
 }
 

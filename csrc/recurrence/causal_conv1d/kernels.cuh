@@ -2,8 +2,9 @@
 //
 //   x, y [B, T, D]   weight [D, W]   states [N, W - 1, D]
 //
-// A thread owns four neighbouring channels and walks kConvBlockTokens packed positions, keeping the last W inputs in
-// registers: an input is read once, but for the W - 1 in front of a block. The backward pass also keeps the gradients
+// A thread owns four neighbouring channels and walks a block of packed positions, keeping the last W inputs in
+// registers: an input is read once, but for the W - 1 in front of a block. It asks for several tokens at a time, or the
+// walk would wait for the memory at every token. The backward pass also keeps the gradients
 // of the last W sums, since an input's gradient needs those of the W - 1 tokens behind it; it finishes input t when it
 // stands at t + WIDTH - 1. WIDTH is 4 or 8; a narrower filter leaves the oldest taps out.
 //
@@ -11,6 +12,8 @@
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+
+#include <type_traits>
 
 #include "recurrence/causal_conv1d/params.h"
 #include "recurrence/sequence.cuh"
@@ -20,7 +23,8 @@ namespace remora {
 constexpr int kConvThreads = 128;
 constexpr int kConvVector = 4;
 constexpr int kConvBlockChannels = kConvThreads * kConvVector;
-constexpr int kConvBlockTokens = 64;
+constexpr int kConvFwdTokens = 32;  // of a block
+constexpr int kConvBwdTokens = 64;  // more: each block leaves a share of dweight
 constexpr int kConvReduceChannels = 32;
 constexpr int kConvReduceParts = 8;
 
@@ -50,49 +54,61 @@ __device__ __forceinline__ int64_t sequence_of(const RecurrenceShape& shape, con
   return find_owner(shape, cu_seqlens, position, [](const Sequence& seq, int64_t) { return seq.first_token; });
 }
 
+/// The token at a packed position of sequence `seq_idx`.
+__device__ __forceinline__ TokenRow row_of(const RecurrenceShape& shape, const int32_t* cu_seqlens, const int32_t* rows,
+                                           int64_t seq_idx, const PackedRange& range, int64_t position) {
+  if (rows != nullptr) return routed_row(shape, rows[position]);
+  if (cu_seqlens != nullptr) return {position, 0, position};
+  return {position, seq_idx, position - range.begin};
+}
+
 /// Four channels of a row, `num_valid` of them in the tensor.
 struct ConvVector {
   float v[kConvVector];
 };
 
+/// As in memory: turning them into floats waits for them.
 template <typename T>
-__device__ __forceinline__ ConvVector load_channels(const T* src, int num_valid, bool is_aligned) {
-  union {
-    uint4 bits16;
-    uint2 bits8;
-    T element[kConvVector];
-  } x;
-  ConvVector out;
-  if (is_aligned && num_valid == kConvVector) {
-    if constexpr (sizeof(T) == 4) {
-      x.bits16 = *reinterpret_cast<const uint4*>(src);
-    } else {
-      x.bits8 = *reinterpret_cast<const uint2*>(src);
-    }
+union ConvBits {
+  std::conditional_t<sizeof(T) == 4, uint4, uint2> bits;
+  T element[kConvVector];
+  __device__ ConvBits() : bits{} {}
+
+  __device__ __forceinline__ ConvVector floats() const {
+    ConvVector out;
 #pragma unroll
-    for (int i = 0; i < kConvVector; ++i) out.v[i] = static_cast<float>(x.element[i]);
+    for (int i = 0; i < kConvVector; ++i) out.v[i] = static_cast<float>(element[i]);
+    return out;
+  }
+};
+
+template <typename T>
+__device__ __forceinline__ ConvBits<T> load_bits(const T* src, int num_valid, bool is_aligned) {
+  ConvBits<T> x;
+  if (is_aligned && num_valid == kConvVector) {
+    x.bits = *reinterpret_cast<const decltype(x.bits)*>(src);
   } else {
 #pragma unroll
-    for (int i = 0; i < kConvVector; ++i) out.v[i] = i < num_valid ? static_cast<float>(src[i]) : 0.f;
+    for (int i = 0; i < kConvVector; ++i) {
+      if (i < num_valid) x.element[i] = src[i];
+    }
   }
-  return out;
+  return x;
+}
+
+template <typename T>
+__device__ __forceinline__ ConvVector load_channels(const T* src, int num_valid, bool is_aligned) {
+  return load_bits(src, num_valid, is_aligned).floats();
 }
 
 template <typename T>
 __device__ __forceinline__ void store_channels(T* dst, const ConvVector& value, int num_valid, bool is_aligned) {
-  union {
-    uint4 bits16;
-    uint2 bits8;
-    T element[kConvVector];
-  } x;
+  ConvBits<T> x;
 #pragma unroll
   for (int i = 0; i < kConvVector; ++i) x.element[i] = static_cast<T>(value.v[i]);
   if (is_aligned && num_valid == kConvVector) {
-    if constexpr (sizeof(T) == 4) {
-      *reinterpret_cast<uint4*>(dst) = x.bits16;
-    } else {
-      *reinterpret_cast<uint2*>(dst) = x.bits8;
-    }
+    // Not an assignment: the compiler makes several stores of it.
+    __stwb(reinterpret_cast<decltype(x.bits)*>(dst), x.bits);
   } else {
 #pragma unroll
     for (int i = 0; i < kConvVector; ++i) {
@@ -132,10 +148,9 @@ struct ConvThread {
   }
 
   template <typename Params>
-  __device__ __forceinline__ ConvVector load_input(const Params& p, int64_t position) const {
-    const TokenRow at = row_at(p.shape.sequences, p.rows, position);
+  __device__ __forceinline__ ConvBits<T> load_input(const Params& p, const TokenRow& at) const {
     const T* src = static_cast<const T*>(p.x) + at.batch * p.x_stride.batch + at.token * p.x_stride.token + channel;
-    return load_channels(src, num_valid, is_aligned);
+    return load_bits(src, num_valid, is_aligned);
   }
 
   /// The W - 1 inputs in front of `position`; those before the sequence come from its initial state, if it has one.
@@ -149,7 +164,7 @@ struct ConvThread {
       input[j] = {};
       if (j <= WIDTH - width) continue;
       if (source >= begin) {
-        input[j] = load_input(p, source);
+        input[j] = load_input(p, row_at(p.shape.sequences, p.rows, source)).floats();
         has_input[j] = true;
       } else if (p.initial_state != nullptr) {
         input[j] = load_channels(static_cast<const T*>(p.initial_state) +
@@ -188,34 +203,51 @@ struct ConvThread {
 
 /// Grid: blocks of channels on x fastest, then blocks of tokens.
 template <typename T, int WIDTH>
-__global__ void __launch_bounds__(kConvThreads)
+__global__ void __launch_bounds__(kConvThreads, WIDTH <= 4 ? 3 : 2)
     causal_conv1d_fwd_kernel(const __grid_constant__ CausalConv1dFwdParams p, int64_t num_channel_blocks,
                              bool is_aligned) {
+  constexpr int kBatch = 8;  // tokens asked for at a time
   const RecurrenceShape& sequences = p.shape.sequences;
   const int64_t block = blockIdx.x;
-  const int64_t first = block / num_channel_blocks * kConvBlockTokens;
-  const int64_t last = min(first + kConvBlockTokens, sequences.batch * sequences.seqlen);
+  const int64_t first = block / num_channel_blocks * kConvFwdTokens;
+  const int64_t last = min(first + kConvFwdTokens, sequences.batch * sequences.seqlen);
   ConvThread<T, WIDTH> thread;
   thread.load_filter(p, (block % num_channel_blocks * kConvThreads + threadIdx.x) * kConvVector, is_aligned);
   int64_t seq_idx = sequence_of(sequences, p.cu_seqlens, first);
   PackedRange range = packed_range(sequences, p.cu_seqlens, seq_idx);
   if (thread.num_valid == 0) return;
 
-  bool is_loaded = false;
-  for (int64_t position = first; position < last; ++position) {
-    while (position >= range.end && seq_idx + 1 < sequences.num_seqs) {
+  const auto y_at = [&](int64_t row) { return static_cast<T*>(p.y) + row * p.shape.num_channels + thread.channel; };
+
+  for (int64_t begin = first; begin < last;) {
+    while (begin >= range.end && seq_idx + 1 < sequences.num_seqs) {
       range = next_range(sequences, p.cu_seqlens, ++seq_idx, range);
-      is_loaded = false;
     }
-    T* dst = static_cast<T*>(p.y) + row_at(sequences, p.rows, position).row * p.shape.num_channels + thread.channel;
-    if (position < range.begin || position >= range.end) {
-      store_channels(dst, ConvVector{}, thread.num_valid, is_aligned);
+    if (begin < range.begin || begin >= range.end) {
+      store_channels(y_at(row_at(sequences, p.rows, begin++).row), ConvVector{}, thread.num_valid, is_aligned);
       continue;
     }
-    if (!is_loaded) thread.load_window(p, seq_idx, range.begin, position);
-    is_loaded = true;
-    thread.push(thread.load_input(p, position));
-    store_channels(dst, thread.activate(thread.convolve(), p.use_silu), thread.num_valid, is_aligned);
+    // The block's part of one sequence
+    const int64_t end = min(last, range.end);
+    thread.load_window(p, seq_idx, range.begin, begin);
+    for (int64_t position = begin; position < end; position += kBatch) {
+      int64_t row[kBatch];
+      ConvBits<T> x[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        if (position + i >= end) continue;
+        const TokenRow at = row_of(sequences, p.cu_seqlens, p.rows, seq_idx, range, position + i);
+        row[i] = at.row;
+        x[i] = thread.load_input(p, at);
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        if (position + i >= end) continue;
+        thread.push(x[i].floats());
+        store_channels(y_at(row[i]), thread.activate(thread.convolve(), p.use_silu), thread.num_valid, is_aligned);
+      }
+    }
+    begin = end;
   }
 }
 
@@ -242,14 +274,11 @@ __global__ void __launch_bounds__(kConvThreads)
   }
 }
 
-/// Gradient of the sum at `position`, whose inputs the thread holds.
+/// Of the sum, from that of the output; the thread holds the sum's inputs.
 template <typename T, int WIDTH>
-__device__ __forceinline__ ConvVector sum_gradient(const CausalConv1dBwdParams& p, const ConvThread<T, WIDTH>& thread,
-                                                   int64_t position) {
-  const T* src = static_cast<const T*>(p.d_y) + row_at(p.shape.sequences, p.rows, position).row * p.shape.num_channels +
-                 thread.channel;
-  ConvVector gradient = load_channels(src, thread.num_valid, thread.is_aligned);
-  if (p.use_silu) {
+__device__ __forceinline__ ConvVector sum_gradient(ConvVector gradient, const ConvThread<T, WIDTH>& thread,
+                                                   bool use_silu) {
+  if (use_silu) {
     const ConvVector x = thread.convolve();
 #pragma unroll
     for (int i = 0; i < kConvVector; ++i) {
@@ -265,11 +294,12 @@ template <typename T, int WIDTH>
 __global__ void __launch_bounds__(kConvThreads, WIDTH <= 4 ? 3 : 2)
     causal_conv1d_bwd_kernel(const __grid_constant__ CausalConv1dBwdParams p, int64_t num_channel_blocks,
                              bool is_aligned) {
+  constexpr int kBatch = WIDTH <= 4 ? 4 : 2;  // tokens asked for at a time
   const RecurrenceShape& sequences = p.shape.sequences;
   const int tail = p.shape.width - 1;
   const int64_t token_block = blockIdx.x / num_channel_blocks;
-  const int64_t first = token_block * kConvBlockTokens;
-  const int64_t last = min(first + kConvBlockTokens, sequences.batch * sequences.seqlen);
+  const int64_t first = token_block * kConvBwdTokens;
+  const int64_t last = min(first + kConvBwdTokens, sequences.batch * sequences.seqlen);
   ConvThread<T, WIDTH> thread;
   thread.load_filter(p, (blockIdx.x % num_channel_blocks * kConvThreads + threadIdx.x) * kConvVector, is_aligned);
   int64_t seq_idx = sequence_of(sequences, p.cu_seqlens, first);
@@ -278,6 +308,9 @@ __global__ void __launch_bounds__(kConvThreads, WIDTH <= 4 ? 3 : 2)
   ConvVector dweight[WIDTH] = {}, dbias = {};
   const auto dx_at = [&](int64_t position) {
     return static_cast<T*>(p.dx) + row_at(sequences, p.rows, position).row * p.shape.num_channels + thread.channel;
+  };
+  const auto d_y_at = [&](int64_t row) {
+    return static_cast<const T*>(p.d_y) + row * p.shape.num_channels + thread.channel;
   };
 
   for (int64_t begin = first; begin < last;) {
@@ -290,17 +323,20 @@ __global__ void __launch_bounds__(kConvThreads, WIDTH <= 4 ? 3 : 2)
     }
     // The block's part of one sequence; the tokens behind it that still see its inputs come along.
     const int64_t end = min(last, range.end);
-    ConvVector gradient[WIDTH] = {};  // of the sums at position - WIDTH + 1 ... position
+    // Tokens from `begin` on: of the block, and of the sequence as far as matters here
+    const auto num_tokens = static_cast<int>(end - begin);
+    const auto num_left = static_cast<int>(min(range.end - begin, int64_t{num_tokens + WIDTH}));
+    ConvVector gradient[WIDTH] = {};  // of the sums at token - WIDTH + 1 ... token
     thread.load_window(p, seq_idx, range.begin, begin);
-    for (int64_t position = begin; position < end + WIDTH - 1; ++position) {
+    const auto visit = [&](int token, const ConvBits<T>& x, const ConvBits<T>& d_y) {
 #pragma unroll
       for (int j = 0; j + 1 < WIDTH; ++j) gradient[j] = gradient[j + 1];
       gradient[WIDTH - 1] = {};
-      if (position < range.end) {
-        thread.push(thread.load_input(p, position));
-        gradient[WIDTH - 1] = sum_gradient(p, thread, position);
+      if (token < num_left) {
+        thread.push(x.floats());
+        gradient[WIDTH - 1] = sum_gradient(d_y.floats(), thread, p.use_silu);
       }
-      if (position < end) {
+      if (token < num_tokens) {
 #pragma unroll
         for (int i = 0; i < kConvVector; ++i) dbias.v[i] += gradient[WIDTH - 1].v[i];
 #pragma unroll
@@ -312,10 +348,10 @@ __global__ void __launch_bounds__(kConvThreads, WIDTH <= 4 ? 3 : 2)
           }
         }
       }
-      const int64_t done = position - (WIDTH - 1);
-      if (done < begin) continue;
+      const int done = token - (WIDTH - 1);
+      if (done < 0) return;
       ConvVector dx = {};
-      if (const int64_t kept = done - (range.end - tail); p.d_final_state != nullptr && kept >= 0) {
+      if (const int kept = done - (num_left - tail); p.d_final_state != nullptr && kept >= 0) {
         dx = load_channels(
             static_cast<const T*>(p.d_final_state) + (seq_idx * tail + kept) * p.shape.num_channels + thread.channel,
             thread.num_valid, is_aligned);
@@ -323,13 +359,27 @@ __global__ void __launch_bounds__(kConvThreads, WIDTH <= 4 ? 3 : 2)
       // Tap WIDTH - 1 - j reached input `done` from the token j behind it.
 #pragma unroll
       for (int j = 0; j < WIDTH; ++j) {
-        if (j > tail || done + j >= range.end) continue;
+        if (j > tail || done + j >= num_left) continue;
 #pragma unroll
         for (int i = 0; i < kConvVector; ++i) {
           dx.v[i] = fmaf(gradient[j].v[i], thread.weight[WIDTH - 1 - j].v[i], dx.v[i]);
         }
       }
-      store_channels(dx_at(done), dx, thread.num_valid, is_aligned);
+      store_channels(dx_at(begin + done), dx, thread.num_valid, is_aligned);
+    };
+    for (int token = 0; token < num_tokens + WIDTH - 1; token += kBatch) {
+      ConvBits<T> x[kBatch], d_y[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        if (token + i >= min(num_tokens + WIDTH - 1, num_left)) continue;
+        const TokenRow at = row_of(sequences, p.cu_seqlens, p.rows, seq_idx, range, begin + token + i);
+        x[i] = thread.load_input(p, at);
+        d_y[i] = load_bits(d_y_at(at.row), thread.num_valid, is_aligned);
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        if (token + i < num_tokens + WIDTH - 1) visit(token + i, x[i], d_y[i]);
+      }
     }
     begin = end;
   }
@@ -384,8 +434,10 @@ __global__ void __launch_bounds__(kConvThreads)
 #pragma unroll
   for (int t = 0; t < kConvMaxWidth - 1; ++t) {
     if (t >= tail || t >= length) continue;
-    thread.push(thread.load_input(p, range.begin + t));
-    gradient[t] = sum_gradient(p, thread, range.begin + t);
+    const TokenRow at = row_of(p.shape.sequences, p.cu_seqlens, p.rows, seq_idx, range, range.begin + t);
+    thread.push(thread.load_input(p, at).floats());
+    const T* d_y = static_cast<const T*>(p.d_y) + at.row * p.shape.num_channels + thread.channel;
+    gradient[t] = sum_gradient(load_channels(d_y, thread.num_valid, is_aligned), thread, p.use_silu);
   }
 #pragma unroll
   for (int j = 1; j < kConvMaxWidth; ++j) {

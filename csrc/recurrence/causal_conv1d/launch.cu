@@ -11,8 +11,8 @@ constexpr Error kNoFloat64 = "causal_conv1d on CUDA supports float32, bfloat16 a
 Error message_of(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t num_token_blocks(const CausalConv1dShape& shape) {
-  return ceil_div(shape.sequences.batch * shape.sequences.seqlen, kConvBlockTokens);
+int64_t num_token_blocks(const CausalConv1dShape& shape, int block_tokens) {
+  return ceil_div(shape.sequences.batch * shape.sequences.seqlen, block_tokens);
 }
 
 bool is_aligned(const void* pointer, int64_t stride_bytes) {
@@ -44,7 +44,7 @@ struct ConvLaunch {
 template <typename T>
 Error fwd(const CausalConv1dFwdParams& params, const Launch& launch) {
   const ConvLaunch run(params, launch);
-  const int64_t num_blocks = num_token_blocks(params.shape);
+  const int64_t num_blocks = num_token_blocks(params.shape, kConvFwdTokens);
   const auto kernel = params.shape.width <= 4 ? causal_conv1d_fwd_kernel<T, 4> : causal_conv1d_fwd_kernel<T, 8>;
   if (const Error error = run(kernel, num_blocks, params)) return error;
   if (params.final_state == nullptr) return nullptr;
@@ -54,7 +54,7 @@ Error fwd(const CausalConv1dFwdParams& params, const Launch& launch) {
 template <typename T>
 Error bwd(const CausalConv1dBwdParams& params, const Launch& launch) {
   const ConvLaunch run(params, launch);
-  const int64_t num_blocks = num_token_blocks(params.shape);
+  const int64_t num_blocks = num_token_blocks(params.shape, kConvBwdTokens);
   const auto kernel = params.shape.width <= 4 ? causal_conv1d_bwd_kernel<T, 4> : causal_conv1d_bwd_kernel<T, 8>;
   if (const Error error = run(kernel, num_blocks, params)) return error;
   const int64_t num_reduce_ctas = ceil_div(params.shape.num_channels, kConvReduceChannels) * (params.shape.width + 1);
@@ -91,7 +91,8 @@ Error causal_conv1d_fwd(const CausalConv1dFwdParams& params, const Launch& launc
 }
 
 int64_t causal_conv1d_bwd_workspace(const CausalConv1dBwdParams& params) {
-  return num_token_blocks(params.shape) * (params.shape.width + 1) * params.shape.num_channels * int64_t{sizeof(float)};
+  return num_token_blocks(params.shape, kConvBwdTokens) * (params.shape.width + 1) * params.shape.num_channels *
+         int64_t{sizeof(float)};
 }
 
 Error causal_conv1d_bwd(const CausalConv1dBwdParams& params, const Launch& launch) {

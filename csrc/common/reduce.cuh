@@ -6,22 +6,6 @@ namespace remora {
 
 constexpr uint32_t kFullWarp = 0xffffffffu;
 
-/// threadIdx.x, read anew at every call: for rare code, where keeping what follows from it would cost registers.
-__device__ __forceinline__ int read_thread_idx() {
-  int thread_idx;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread_idx));
-  return thread_idx;
-}
-
-/// The same pointer to global memory, of unknown origin: what is added to it step by step is not put together again
-/// from its parts, which takes more instructions.
-template <typename T>
-__device__ __forceinline__ T* hide_origin(T* gmem) {
-  asm volatile("" : "+l"(gmem));
-  __builtin_assume(__isGlobal(gmem));
-  return gmem;
-}
-
 /// Sum over groups of kLanes neighbouring lanes; every lane gets it.
 template <int kLanes = 32>
 __device__ __forceinline__ float warp_sum(float x) {

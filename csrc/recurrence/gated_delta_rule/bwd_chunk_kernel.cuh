@@ -25,6 +25,7 @@
 #pragma once
 #include "common/barrier.cuh"
 #include "common/copy.cuh"
+#include "common/hints.cuh"
 #include "common/math.cuh"
 #include "common/reduce.cuh"
 #include "recurrence/gated_delta_rule/bwd_traits.cuh"

@@ -21,6 +21,7 @@
 #pragma once
 #include "common/barrier.cuh"
 #include "common/copy.cuh"
+#include "common/hints.cuh"
 #include "common/math.cuh"
 #include "recurrence/gated_delta_rule/bwd_chunk_kernel.cuh"
 #include "recurrence/gated_delta_rule/span_maps.cuh"

@@ -2,6 +2,7 @@
 #pragma once
 #include <type_traits>
 
+#include "common/hints.cuh"
 #include "recurrence/gated_delta_rule/bwd_launch.h"
 #include "recurrence/gated_delta_rule/params.h"
 #include "recurrence/gated_delta_rule/prepare.cuh"

@@ -8,8 +8,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "common/hints.cuh"
 #include "common/math.cuh"
-#include "common/reduce.cuh"
 #include "recurrence/selective_scan/params.h"
 #include "recurrence/sequence.cuh"
 

@@ -25,6 +25,7 @@
 #include <type_traits>
 
 #include "common/copy.cuh"
+#include "common/hints.cuh"
 #include "common/math.cuh"
 #include "common/reduce.cuh"
 #include "recurrence/sequence.cuh"
@@ -221,7 +222,7 @@ struct RegisterState {
     for (int i = 0; i < kSize / kLine; i += kWalkThreads) {
       const int line = i + threadIdx.x;
       if (kSize / kLine % kWalkThreads == 0 || line < kSize / kLine) {
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(state + line * kLine));
+        prefetch_l2(state + line * kLine);
       }
     }
   }

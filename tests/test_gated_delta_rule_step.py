@@ -109,6 +109,23 @@ def test_a_sequence_does_not_depend_on_its_slot_or_neighbours(dtype):
     assert torch.equal(again.flip(0), pool)
 
 
+@pytest.mark.sim_only
+@pytest.mark.parametrize("v_first", [False, True], ids=["key-first", "value-first"])
+def test_states_move_in_whole_sectors(v_first):
+    """Sectors that warps ask for, of which q, k, v and o, a few bytes a lane, are the rest."""
+    from remora.testing import sim
+
+    inputs, tensors, options = step_inputs(Case(B=2, T=1, K=128, V=128, v_first=v_first), torch.bfloat16)
+    state = inputs.tensors["initial_state"].clone()
+    with sim.options(memory_stats=1):
+        sim.reset_stats()
+        gated_delta_rule_step(**tensors, state=state, **options)
+        (counters,) = sim.stats().values()
+    for direction in ("load", "store"):
+        assert counters[f"global_{direction}"]["bytes"] >= state.nbytes
+        assert counters[f"global_{direction}"]["sectors"] * 32 <= 1.15 * state.nbytes, direction
+
+
 @dtypes
 def test_tokens_in_one_call_or_one_by_one(dtype):
     inputs, tensors, options = step_inputs(Case(B=2, T=5, H=1, HV=2), dtype)

@@ -34,30 +34,39 @@
 namespace remora {
 
 /// Rows of a matrix, which may lie anywhere, to a tile, zeros outside of the first rows and columns; from another type
-/// with a conversion. One short body for all cases: the instruction cache is small.
+/// with a conversion. One short body for all cases: the instruction cache is small. A thread copies two pieces of a
+/// row, whose place takes more instructions than a copy; which one first depends on the row, for the banks.
 template <typename T, int ROWS, int COLS, int kNumThreads, typename RowAt>
 __device__ __forceinline__ void copy_rows(uint32_t dst, const RowAt& row_at, int num_rows, int num_cols,
                                           bool is_aligned) {
   using TSource = std::remove_cvref_t<decltype(*row_at(0))>;
-  constexpr int kElements = 16 / sizeof(T), kUnits = COLS / kElements;
+  constexpr int kElements = 16 / sizeof(T), kPieces = 2, kUnits = COLS / kPieces / kElements;
 #pragma unroll 1
   for (int i = threadIdx.x; i < ROWS * kUnits; i += kNumThreads) {
-    const int row = i / kUnits, col = i % kUnits * kElements;
-    const bool valid = row < num_rows && col < num_cols;
-    const TSource* src = row_at(valid ? row : 0) + (valid ? col : 0);
-    const uint32_t to = dst + SmemTile<T, COLS>::offset(row, col);
+    const int row = i / kUnits, first = i % kUnits * kElements + row / 2 % 2 * (COLS / 2);
+    const TSource* src = row_at(row < num_rows ? row : 0);
     if (std::is_same_v<T, TSource> && is_aligned) {
-      cp_async_16(to, src, valid);
-    } else {
-      union {
-        uint4 vector;
-        T element[kElements];
-      } x;
 #pragma unroll
-      for (int e = 0; e < kElements; ++e) {
-        x.element[e] = valid && col + e < num_cols ? static_cast<T>(src[e]) : static_cast<T>(0.f);
+      for (int piece = 0; piece < kPieces; ++piece) {
+        const int col = first ^ piece * (COLS / 2);
+        const bool valid = row < num_rows && col < num_cols;
+        cp_async_16(dst + SmemTile<T, COLS>::offset(row, col), src + (valid ? col : 0), valid);
       }
-      store_shared(to, x.vector);
+    } else {
+#pragma unroll 1
+      for (int piece = 0; piece < kPieces; ++piece) {
+        const int col = first ^ piece * (COLS / 2);
+        union {
+          uint4 vector;
+          T element[kElements];
+        } x;
+#pragma unroll
+        for (int e = 0; e < kElements; ++e) {
+          const bool valid = row < num_rows && col + e < num_cols;
+          x.element[e] = valid ? static_cast<T>(src[col + e]) : static_cast<T>(0.f);
+        }
+        store_shared(dst + SmemTile<T, COLS>::offset(row, col), x.vector);
+      }
     }
   }
 }
@@ -320,6 +329,13 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
     };
 
     FragC dq[kTilesK], dk_row[kTilesK], dk_col[kTilesK], da[2], dl[2];
+    // Behind a chunk, not before its first tile, where every tile would choose between each number and zero.
+    const auto clear_sums = [&] {
+#pragma unroll
+      for (int n = 0; n < kTilesK; ++n) dq[n] = dk_row[n] = dk_col[n] = {};
+      da[0] = da[1] = dl[0] = dl[1] = {};
+    };
+    clear_sums();
     // One copy of every piece of code: the first turn of two stages only loads.
     int chunk_idx = 0, tile = kNumStages == 2 ? -1 : 0;
 #pragma unroll 1
@@ -348,11 +364,6 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
         __syncthreads();
       }
       typename Smem::Stage& stage = stage_of(chunk_idx, tile);
-      if (tile == 0) {
-#pragma unroll
-        for (int n = 0; n < kTilesK; ++n) dq[n] = dk_row[n] = dk_col[n] = {};
-        da[0] = da[1] = dl[0] = dl[1] = {};
-      }
       WarpPlace place;
       const int buffer = chunk_idx % kNumStages;
       const uint32_t smem_k = smem_address(smem.k[buffer]), smem_y = smem_address(smem.y[buffer]);
@@ -773,7 +784,10 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
           if (smem.source.pass > 0) x[0] += sum.x, x[1] += sum.y, x[2] += sum.z, x[3] += sum.w;
           if (!smem.source.is_last) sum = {x[0], x[1], x[2], x[3]};
         }
-        if (!smem.source.is_last) continue;
+        if (!smem.source.is_last) {
+          clear_sums();
+          continue;
+        }
       }
 
       // Norms
@@ -833,6 +847,7 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
           store_row(static_cast<T*>(params.dk) + out + n * 8, pair(dk[n]), pair(dk[n + 1]), valid, left, is_aligned);
         }
       }
+      clear_sums();
     }
     pass = smem.source.pass + 1;
   } while (!smem.source.is_last);

@@ -20,8 +20,6 @@ __device__ __forceinline__ T* hide_origin(T* gmem) {
 }
 
 /// Brings the line of the address, which must be readable memory's, to the L2 cache.
-__device__ __forceinline__ void prefetch_l2(const void* gmem) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(gmem));
-}
+__device__ __forceinline__ void prefetch_l2(const void* gmem) { asm volatile("prefetch.global.L2 [%0];" ::"l"(gmem)); }
 
 }  // namespace remora

@@ -399,7 +399,8 @@ __global__ void __launch_bounds__(kWalkThreads, 1) simple_gla_walk_kernel(const 
 
   const auto chunk_at = [&](int step) { return kReverse ? num_chunks - 1 - step : step; };
   const bool is_routed = params.rows != nullptr;
-  if (threadIdx.x < (kHasDots ? 4 : 3)) {
+  // A span without tokens is never copied, and where T = 0 its row could not be told.
+  if (num_chunks > 0 && threadIdx.x < (kHasDots ? 4 : 3)) {
     const WalkTensor& tensor = threadIdx.x == 0   ? params.write
                                : threadIdx.x == 1 ? params.read
                                : threadIdx.x == 2 ? params.x

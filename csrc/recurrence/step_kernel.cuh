@@ -22,9 +22,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include <type_traits>
-
 #include "common/reduce.cuh"
+#include "common/vector.cuh"
 #include "recurrence/sequence.cuh"
 #include "recurrence/step_launch.h"
 
@@ -65,45 +64,6 @@ __device__ __forceinline__ void sum_step_rows(float (&x)[N], float (&partial)[kS
   }
 }
 
-template <typename T>
-union FourElements {
-  std::conditional_t<sizeof(T) == 4, float4, uint2> bits;
-  T element[4];
-  __device__ FourElements() : bits{} {}
-};
-
-/// Zeros from element `num_valid` on. kVectors: src is aligned to its four elements, and all or none of them are valid.
-template <bool kVectors, typename T>
-__device__ __forceinline__ void load_4(const T* src, int num_valid, float (&x)[4]) {
-  FourElements<T> four;
-  if constexpr (kVectors) {
-    if (num_valid > 0) four.bits = *reinterpret_cast<const decltype(four.bits)*>(src);
-  } else {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      if (j < num_valid) four.element[j] = src[j];
-    }
-  }
-#pragma unroll
-  for (int j = 0; j < 4; ++j) x[j] = static_cast<float>(four.element[j]);
-}
-
-template <bool kVectors, typename T>
-__device__ __forceinline__ void store_4(T* dst, int num_valid, const float (&x)[4]) {
-  FourElements<T> four;
-#pragma unroll
-  for (int j = 0; j < 4; ++j) four.element[j] = static_cast<T>(x[j]);
-  if constexpr (kVectors) {
-    // Not an assignment: the compiler makes four stores of it.
-    if (num_valid > 0) __stwb(reinterpret_cast<decltype(four.bits)*>(dst), four.bits);
-  } else {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      if (j < num_valid) dst[j] = four.element[j];
-    }
-  }
-}
-
 template <class Params, typename T, int HEAD_DIM, bool kVFirst, bool kVectors>
 __global__ void __launch_bounds__(kStepThreads, HEAD_DIM > 128 ? 2 : 4)
     recurrent_step_kernel(const __grid_constant__ StepKernelParams<Params> params) {
@@ -136,7 +96,7 @@ __global__ void __launch_bounds__(kStepThreads, HEAD_DIM > 128 ? 2 : 4)
   const bool stores_output = kVFirst ? lane_idx < 2 : threadIdx.x < 8;
   const auto store_output = [&](int64_t token, const float (&o)[4]) {
     T* dst = static_cast<T*>(op.o) + ((batch * shape.seqlen + token) * shape.num_value_heads + head) * shape.value_dim;
-    if (stores_output) store_4<kVectors>(dst + col, num_cols, o);
+    if (stores_output) store_4(dst + col, o, num_cols, kVectors);
   };
   const float zeros[4] = {0.f, 0.f, 0.f, 0.f};
 
@@ -168,7 +128,7 @@ __global__ void __launch_bounds__(kStepThreads, HEAD_DIM > 128 ? 2 : 4)
   if (const float* src = static_cast<const float*>(op.initial_state); src != nullptr) {
     for_each_line([&](int i, int64_t offset, int num_valid) {
       float line[4];
-      load_4<kVectors>(src + offset, num_valid, line);
+      load_4(src + offset, num_valid, kVectors).to_floats(line);
 #pragma unroll
       for (int n = 0; n < 4; ++n) (kVFirst ? s[i / 4 * 4 + n][i % 4] : s[i][n]) = line[n];
     });
@@ -187,10 +147,10 @@ __global__ void __launch_bounds__(kStepThreads, HEAD_DIM > 128 ? 2 : 4)
 #pragma unroll
     for (int group = 0; group < kRows / 4; ++group) {
       const int row = row_of(group);
-      load_4<kVectors>(gmem_k + row, head_dim - row, reinterpret_cast<float (&)[4]>(k[group * 4]));
-      load_4<kVectors>(gmem_q + row, head_dim - row, reinterpret_cast<float (&)[4]>(q[group * 4]));
+      load_4(gmem_k + row, head_dim - row, kVectors).to_floats(reinterpret_cast<float (&)[4]>(k[group * 4]));
+      load_4(gmem_q + row, head_dim - row, kVectors).to_floats(reinterpret_cast<float (&)[4]>(q[group * 4]));
     }
-    load_4<kVectors>(gmem_v + col, num_cols, v);
+    load_4(gmem_v + col, num_cols, kVectors).to_floats(v);
     float o[4];
     const auto sum_rows = [&](auto& x) { sum_step_rows<kVFirst>(x, partial[token % 2]); };
     step_token(op, (batch * shape.seqlen + token) * shape.num_value_heads + head, head, q, k, v, sum_rows, s, o);
@@ -204,7 +164,7 @@ __global__ void __launch_bounds__(kStepThreads, HEAD_DIM > 128 ? 2 : 4)
     float line[4];
 #pragma unroll
     for (int n = 0; n < 4; ++n) line[n] = kVFirst ? s[i / 4 * 4 + n][i % 4] : s[i][n];
-    store_4<kVectors>(dst + offset, num_valid, line);
+    store_4(dst + offset, line, num_valid, kVectors);
   });
 }
 

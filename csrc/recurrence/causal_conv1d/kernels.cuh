@@ -13,8 +13,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include <type_traits>
-
+#include "common/vector.cuh"
 #include "recurrence/causal_conv1d/params.h"
 #include "recurrence/sequence.cuh"
 
@@ -67,54 +66,11 @@ struct ConvVector {
   float v[kConvVector];
 };
 
-/// As in memory: turning them into floats waits for them.
 template <typename T>
-union ConvBits {
-  std::conditional_t<sizeof(T) == 4, uint4, uint2> bits;
-  T element[kConvVector];
-  __device__ ConvBits() : bits{} {}
-
-  __device__ __forceinline__ ConvVector floats() const {
-    ConvVector out;
-#pragma unroll
-    for (int i = 0; i < kConvVector; ++i) out.v[i] = static_cast<float>(element[i]);
-    return out;
-  }
-};
-
-template <typename T>
-__device__ __forceinline__ ConvBits<T> load_bits(const T* src, int num_valid, bool is_aligned) {
-  ConvBits<T> x;
-  if (is_aligned && num_valid == kConvVector) {
-    x.bits = *reinterpret_cast<const decltype(x.bits)*>(src);
-  } else {
-#pragma unroll
-    for (int i = 0; i < kConvVector; ++i) {
-      if (i < num_valid) x.element[i] = src[i];
-    }
-  }
-  return x;
-}
-
-template <typename T>
-__device__ __forceinline__ ConvVector load_channels(const T* src, int num_valid, bool is_aligned) {
-  return load_bits(src, num_valid, is_aligned).floats();
-}
-
-template <typename T>
-__device__ __forceinline__ void store_channels(T* dst, const ConvVector& value, int num_valid, bool is_aligned) {
-  ConvBits<T> x;
-#pragma unroll
-  for (int i = 0; i < kConvVector; ++i) x.element[i] = static_cast<T>(value.v[i]);
-  if (is_aligned && num_valid == kConvVector) {
-    // Not an assignment: the compiler makes several stores of it.
-    __stwb(reinterpret_cast<decltype(x.bits)*>(dst), x.bits);
-  } else {
-#pragma unroll
-    for (int i = 0; i < kConvVector; ++i) {
-      if (i < num_valid) dst[i] = x.element[i];
-    }
-  }
+__device__ __forceinline__ ConvVector floats_of(const FourElements<T>& x) {
+  ConvVector out;
+  x.to_floats(out.v);
+  return out;
 }
 
 __device__ __forceinline__ float sigmoid(float x) { return 1.f / (1.f + expf(-x)); }
@@ -148,9 +104,9 @@ struct ConvThread {
   }
 
   template <typename Params>
-  __device__ __forceinline__ ConvBits<T> load_input(const Params& p, const TokenRow& at) const {
+  __device__ __forceinline__ FourElements<T> load_input(const Params& p, const TokenRow& at) const {
     const T* src = static_cast<const T*>(p.x) + at.batch * p.x_stride.batch + at.token * p.x_stride.token + channel;
-    return load_bits(src, num_valid, is_aligned);
+    return load_4(src, num_valid, is_aligned);
   }
 
   /// The W - 1 inputs in front of `position`; those before the sequence come from its initial state, if it has one.
@@ -164,12 +120,12 @@ struct ConvThread {
       input[j] = {};
       if (j <= WIDTH - width) continue;
       if (source >= begin) {
-        input[j] = load_input(p, row_at(p.shape.sequences, p.rows, source)).floats();
+        input[j] = floats_of(load_input(p, row_at(p.shape.sequences, p.rows, source)));
         has_input[j] = true;
       } else if (p.initial_state != nullptr) {
-        input[j] = load_channels(static_cast<const T*>(p.initial_state) +
-                                     (seq_idx * (width - 1) + state_row) * p.shape.num_channels + channel,
-                                 num_valid, is_aligned);
+        input[j] = floats_of(load_4(static_cast<const T*>(p.initial_state) +
+                                        (seq_idx * (width - 1) + state_row) * p.shape.num_channels + channel,
+                                    num_valid, is_aligned));
         has_input[j] = true;
       }
     }
@@ -224,7 +180,7 @@ __global__ void __launch_bounds__(kConvThreads, WIDTH <= 4 ? 3 : 2)
       range = next_range(sequences, p.cu_seqlens, ++seq_idx, range);
     }
     if (begin < range.begin || begin >= range.end) {
-      store_channels(y_at(row_at(sequences, p.rows, begin++).row), ConvVector{}, thread.num_valid, is_aligned);
+      store_4(y_at(row_at(sequences, p.rows, begin++).row), ConvVector{}.v, thread.num_valid, is_aligned);
       continue;
     }
     // The block's part of one sequence
@@ -232,7 +188,7 @@ __global__ void __launch_bounds__(kConvThreads, WIDTH <= 4 ? 3 : 2)
     thread.load_window(p, seq_idx, range.begin, begin);
     for (int64_t position = begin; position < end; position += kBatch) {
       int64_t row[kBatch];
-      ConvBits<T> x[kBatch];
+      FourElements<T> x[kBatch];
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
         if (position + i >= end) continue;
@@ -243,8 +199,8 @@ __global__ void __launch_bounds__(kConvThreads, WIDTH <= 4 ? 3 : 2)
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
         if (position + i >= end) continue;
-        thread.push(x[i].floats());
-        store_channels(y_at(row[i]), thread.activate(thread.convolve(), p.use_silu), thread.num_valid, is_aligned);
+        thread.push(floats_of(x[i]));
+        store_4(y_at(row[i]), thread.activate(thread.convolve(), p.use_silu).v, thread.num_valid, is_aligned);
       }
     }
     begin = end;
@@ -269,8 +225,8 @@ __global__ void __launch_bounds__(kConvThreads)
   for (int j = 1; j < kConvMaxWidth; ++j) {
     const int row = j - (kConvMaxWidth - tail);
     if (row < 0) continue;
-    store_channels(static_cast<T*>(p.final_state) + (seq_idx * tail + row) * p.shape.num_channels + channel,
-                   thread.input[j], thread.num_valid, is_aligned);
+    store_4(static_cast<T*>(p.final_state) + (seq_idx * tail + row) * p.shape.num_channels + channel, thread.input[j].v,
+            thread.num_valid, is_aligned);
   }
 }
 
@@ -318,7 +274,7 @@ __global__ void __launch_bounds__(kConvThreads, WIDTH <= 4 ? 3 : 2)
       range = next_range(sequences, p.cu_seqlens, ++seq_idx, range);
     }
     if (begin < range.begin || begin >= range.end) {
-      store_channels(dx_at(begin++), ConvVector{}, thread.num_valid, is_aligned);
+      store_4(dx_at(begin++), ConvVector{}.v, thread.num_valid, is_aligned);
       continue;
     }
     // The block's part of one sequence; the tokens behind it that still see its inputs come along.
@@ -328,13 +284,13 @@ __global__ void __launch_bounds__(kConvThreads, WIDTH <= 4 ? 3 : 2)
     const auto num_left = static_cast<int>(min(range.end - begin, int64_t{num_tokens + WIDTH}));
     ConvVector gradient[WIDTH] = {};  // of the sums at token - WIDTH + 1 ... token
     thread.load_window(p, seq_idx, range.begin, begin);
-    const auto visit = [&](int token, const ConvBits<T>& x, const ConvBits<T>& d_y) {
+    const auto visit = [&](int token, const FourElements<T>& x, const FourElements<T>& d_y) {
 #pragma unroll
       for (int j = 0; j + 1 < WIDTH; ++j) gradient[j] = gradient[j + 1];
       gradient[WIDTH - 1] = {};
       if (token < num_left) {
-        thread.push(x.floats());
-        gradient[WIDTH - 1] = sum_gradient(d_y.floats(), thread, p.use_silu);
+        thread.push(floats_of(x));
+        gradient[WIDTH - 1] = sum_gradient(floats_of(d_y), thread, p.use_silu);
       }
       if (token < num_tokens) {
 #pragma unroll
@@ -352,9 +308,9 @@ __global__ void __launch_bounds__(kConvThreads, WIDTH <= 4 ? 3 : 2)
       if (done < 0) return;
       ConvVector dx = {};
       if (const int kept = done - (num_left - tail); p.d_final_state != nullptr && kept >= 0) {
-        dx = load_channels(
+        dx = floats_of(load_4(
             static_cast<const T*>(p.d_final_state) + (seq_idx * tail + kept) * p.shape.num_channels + thread.channel,
-            thread.num_valid, is_aligned);
+            thread.num_valid, is_aligned));
       }
       // Tap WIDTH - 1 - j reached input `done` from the token j behind it.
 #pragma unroll
@@ -365,16 +321,16 @@ __global__ void __launch_bounds__(kConvThreads, WIDTH <= 4 ? 3 : 2)
           dx.v[i] = fmaf(gradient[j].v[i], thread.weight[WIDTH - 1 - j].v[i], dx.v[i]);
         }
       }
-      store_channels(dx_at(begin + done), dx, thread.num_valid, is_aligned);
+      store_4(dx_at(begin + done), dx.v, thread.num_valid, is_aligned);
     };
     for (int token = 0; token < num_tokens + WIDTH - 1; token += kBatch) {
-      ConvBits<T> x[kBatch], d_y[kBatch];
+      FourElements<T> x[kBatch], d_y[kBatch];
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
         if (token + i >= min(num_tokens + WIDTH - 1, num_left)) continue;
         const TokenRow at = row_of(sequences, p.cu_seqlens, p.rows, seq_idx, range, begin + token + i);
         x[i] = thread.load_input(p, at);
-        d_y[i] = load_bits(d_y_at(at.row), thread.num_valid, is_aligned);
+        d_y[i] = load_4(d_y_at(at.row), thread.num_valid, is_aligned);
       }
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
@@ -435,9 +391,9 @@ __global__ void __launch_bounds__(kConvThreads)
   for (int t = 0; t < kConvMaxWidth - 1; ++t) {
     if (t >= tail || t >= length) continue;
     const TokenRow at = row_of(p.shape.sequences, p.cu_seqlens, p.rows, seq_idx, range, range.begin + t);
-    thread.push(thread.load_input(p, at).floats());
+    thread.push(floats_of(thread.load_input(p, at)));
     const T* d_y = static_cast<const T*>(p.d_y) + at.row * p.shape.num_channels + thread.channel;
-    gradient[t] = sum_gradient(load_channels(d_y, thread.num_valid, is_aligned), thread, p.use_silu);
+    gradient[t] = sum_gradient(floats_of(load_4(d_y, thread.num_valid, is_aligned)), thread, p.use_silu);
   }
 #pragma unroll
   for (int j = 1; j < kConvMaxWidth; ++j) {
@@ -445,9 +401,9 @@ __global__ void __launch_bounds__(kConvThreads)
     if (row < 0) continue;
     ConvVector d_state = {};
     if (p.d_final_state != nullptr && row >= length) {
-      d_state = load_channels(static_cast<const T*>(p.d_final_state) +
-                                  (seq_idx * tail + row - length) * p.shape.num_channels + thread.channel,
-                              thread.num_valid, is_aligned);
+      d_state = floats_of(load_4(static_cast<const T*>(p.d_final_state) +
+                                     (seq_idx * tail + row - length) * p.shape.num_channels + thread.channel,
+                                 thread.num_valid, is_aligned));
     }
 #pragma unroll
     for (int t = 0; t < j; ++t) {
@@ -457,8 +413,8 @@ __global__ void __launch_bounds__(kConvThreads)
         d_state.v[i] = fmaf(gradient[t].v[i], thread.weight[j - 1 - t].v[i], d_state.v[i]);
       }
     }
-    store_channels(static_cast<T*>(p.d_initial_state) + (seq_idx * tail + row) * p.shape.num_channels + thread.channel,
-                   d_state, thread.num_valid, is_aligned);
+    store_4(static_cast<T*>(p.d_initial_state) + (seq_idx * tail + row) * p.shape.num_channels + thread.channel,
+            d_state.v, thread.num_valid, is_aligned);
   }
 }
 
@@ -476,7 +432,7 @@ __global__ void __launch_bounds__(kConvThreads)
   if (thread.num_valid == 0) return;
   T* y = static_cast<T*>(p.y) + seq_idx * p.shape.num_channels + thread.channel;
   if (slot < 0) {
-    store_channels(y, ConvVector{}, thread.num_valid, is_aligned);
+    store_4(y, ConvVector{}.v, thread.num_valid, is_aligned);
     return;
   }
   T* state = static_cast<T*>(p.state) + slot * tail * p.shape.num_channels + thread.channel;
@@ -488,11 +444,11 @@ __global__ void __launch_bounds__(kConvThreads)
     thread.has_input[j] = row >= 0;
     thread.input[j] = {};
     if (row < 0) continue;
-    thread.input[j] = load_channels(row < tail ? state + row * p.shape.num_channels : x, thread.num_valid, is_aligned);
-    if (row > 0)
-      store_channels(state + (row - 1) * p.shape.num_channels, thread.input[j], thread.num_valid, is_aligned);
+    thread.input[j] =
+        floats_of(load_4(row < tail ? state + row * p.shape.num_channels : x, thread.num_valid, is_aligned));
+    if (row > 0) store_4(state + (row - 1) * p.shape.num_channels, thread.input[j].v, thread.num_valid, is_aligned);
   }
-  store_channels(y, thread.activate(thread.convolve(), p.use_silu), thread.num_valid, is_aligned);
+  store_4(y, thread.activate(thread.convolve(), p.use_silu).v, thread.num_valid, is_aligned);
 }
 
 }  // namespace remora

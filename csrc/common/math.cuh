@@ -17,4 +17,7 @@ __device__ __forceinline__ float rcp_approx(float x) {
   return y;
 }
 
+/// To about 2^-21.
+__device__ __forceinline__ float sigmoid(float x) { return rcp_approx(1.f + exp2_approx(-1.4426950408889634f * x)); }
+
 }  // namespace remora

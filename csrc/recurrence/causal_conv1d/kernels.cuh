@@ -2,17 +2,21 @@
 //
 //   x, y [B, T, D]   weight [D, W]   states [N, W - 1, D]
 //
-// A thread owns four neighbouring channels and walks a block of packed positions, keeping the last W inputs in
-// registers: an input is read once, but for the W - 1 in front of a block. It asks for several tokens at a time, or the
-// walk would wait for the memory at every token. The backward pass also keeps the gradients
-// of the last W sums, since an input's gradient needs those of the W - 1 tokens behind it; it finishes input t when it
-// stands at t + WIDTH - 1. WIDTH is 4 or 8; a narrower filter leaves the oldest taps out.
+// A thread owns VECTOR neighbouring channels (4, or 1 if rows are not aligned to four) and walks a block of packed
+// positions, keeping the last W inputs in registers: an input is read once, but for the W - 1 in front of a block. It
+// asks for several tokens at a time, or the walk would wait for the memory at every token; where they lie is worked out
+// once for the block. The backward pass also keeps the gradients of the last W sums, since an input's gradient needs
+// those of the W - 1 tokens behind it; it finishes input t when it stands at t + WIDTH - 1. WIDTH is 4 or 8; a narrower
+// filter leaves the oldest taps out.
 //
 // Memory bound: forward 2 * sizeof(T) bytes an element, backward 3 * sizeof(T). Figures: README.md.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <type_traits>
+
+#include "common/math.cuh"
 #include "common/vector.cuh"
 #include "recurrence/causal_conv1d/params.h"
 #include "recurrence/sequence.cuh"
@@ -20,8 +24,6 @@
 namespace remora {
 
 constexpr int kConvThreads = 128;
-constexpr int kConvVector = 4;
-constexpr int kConvBlockChannels = kConvThreads * kConvVector;
 constexpr int kConvFwdTokens = 32;  // of a block
 constexpr int kConvBwdTokens = 64;  // more: each block leaves a share of dweight
 constexpr int kConvReduceChannels = 32;
@@ -53,296 +55,330 @@ __device__ __forceinline__ int64_t sequence_of(const RecurrenceShape& shape, con
   return find_owner(shape, cu_seqlens, position, [](const Sequence& seq, int64_t) { return seq.first_token; });
 }
 
-/// The token at a packed position of sequence `seq_idx`.
-__device__ __forceinline__ TokenRow row_of(const RecurrenceShape& shape, const int32_t* cu_seqlens, const int32_t* rows,
-                                           int64_t seq_idx, const PackedRange& range, int64_t position) {
-  if (rows != nullptr) return routed_row(shape, rows[position]);
-  if (cu_seqlens != nullptr) return {position, 0, position};
-  return {position, seq_idx, position - range.begin};
+/// Element offset in x of a packed position.
+template <typename Params>
+__device__ __forceinline__ int64_t x_offset(const Params& p, int64_t position) {
+  const TokenRow at = row_at(p.shape.sequences, p.rows, position);
+  return at.batch * p.x_stride.batch + at.token * p.x_stride.token;
 }
 
-/// Four channels of a row, `num_valid` of them in the tensor.
-struct ConvVector {
-  float v[kConvVector];
+/// Element offsets of the tokens of a block of kTokens and of those around it that its windows reach.
+template <int kTokens, int kBefore, int kBehind>
+struct BlockTokens {
+  static constexpr int kNum = kBefore + kTokens + kBehind;
+  int64_t x[kNum];    // in x
+  int64_t row[kNum];  // in contiguous tensors
+
+  /// By the whole CTA.
+  template <typename Params>
+  __device__ __forceinline__ void find(const Params& p, int64_t first) {
+    for (int i = threadIdx.x; i < kNum; i += kConvThreads) {
+      const int64_t position = first - kBefore + i;
+      if (position < 0 || position >= p.shape.sequences.batch * p.shape.sequences.seqlen) continue;
+      x[i] = remora::x_offset(p, position);
+      row[i] = row_at(p.shape.sequences, p.rows, position).row * p.shape.num_channels;
+    }
+    __syncthreads();
+  }
+  __device__ __forceinline__ int64_t x_offset(int token) const { return x[kBefore + token]; }
+  __device__ __forceinline__ int64_t offset(int token) const { return row[kBefore + token]; }
 };
 
-template <typename T>
-__device__ __forceinline__ ConvVector floats_of(const FourElements<T>& x) {
-  ConvVector out;
-  x.to_floats(out.v);
-  return out;
-}
+/// The channels of a thread.
+template <int VECTOR>
+struct ConvVector {
+  float v[VECTOR];
+};
 
-__device__ __forceinline__ float sigmoid(float x) { return 1.f / (1.f + expf(-x)); }
+/// As in memory: turning them into floats waits for them.
+template <typename T, int VECTOR>
+using ConvElements = std::conditional_t<VECTOR == 4, FourElements<T>, T>;
 
-/// What a thread keeps: its taps, newest last at WIDTH - 1, and as many inputs.
-template <typename T, int WIDTH>
+/// What a thread keeps: its taps, newest last at WIDTH - 1, and as many inputs: zeros where there are none.
+template <typename T, int WIDTH, int VECTOR>
 struct ConvThread {
-  ConvVector weight[WIDTH], bias, input[WIDTH];
-  bool has_input[WIDTH];
-  int64_t channel;
-  int num_valid;  // of the thread's channels
-  int width;
-  bool is_aligned;
+  using Vector = ConvVector<VECTOR>;
+  using Elements = ConvElements<T, VECTOR>;
 
+  Vector weight[WIDTH], bias, input[WIDTH];
+  int64_t channel;
+  int width;
+
+  /// Whether the tensor has the thread's channels.
   template <typename Params>
-  __device__ __forceinline__ void load_filter(const Params& p, int64_t first_channel, bool aligned) {
-    channel = first_channel;
-    num_valid = static_cast<int>(min(max(p.shape.num_channels - channel, int64_t{0}), int64_t{kConvVector}));
+  __device__ __forceinline__ bool load_filter(const Params& p, int64_t channel_block) {
+    channel = (channel_block * kConvThreads + threadIdx.x) * VECTOR;
     width = p.shape.width;
-    is_aligned = aligned;
+    if (channel >= p.shape.num_channels) return false;
 #pragma unroll
-    for (int i = 0; i < kConvVector; ++i) {
-      const bool valid = i < num_valid;
-      bias.v[i] = valid && p.bias != nullptr ? static_cast<const float*>(p.bias)[channel + i] : 0.f;
+    for (int i = 0; i < VECTOR; ++i) {
+      bias.v[i] = p.bias != nullptr ? static_cast<const float*>(p.bias)[channel + i] : 0.f;
 #pragma unroll
       for (int j = 0; j < WIDTH; ++j) {
         const int tap = j - (WIDTH - width);
-        weight[j].v[i] = valid && tap >= 0 ? static_cast<const float*>(p.weight)[(channel + i) * width + tap] : 0.f;
+        weight[j].v[i] = tap >= 0 ? static_cast<const float*>(p.weight)[(channel + i) * width + tap] : 0.f;
       }
     }
+    return true;
   }
 
-  template <typename Params>
-  __device__ __forceinline__ FourElements<T> load_input(const Params& p, const TokenRow& at) const {
-    const T* src = static_cast<const T*>(p.x) + at.batch * p.x_stride.batch + at.token * p.x_stride.token + channel;
-    return load_4(src, num_valid, is_aligned);
+  /// The thread's channels of a row.
+  __device__ __forceinline__ Elements load(const void* tensor, int64_t row) const {
+    const T* src = static_cast<const T*>(tensor) + row + channel;
+    if constexpr (VECTOR == 4) {
+      return load_4(src, 4, true);
+    } else {
+      return *src;
+    }
+  }
+  __device__ __forceinline__ void store(void* tensor, int64_t row, const Vector& value) const {
+    T* dst = static_cast<T*>(tensor) + row + channel;
+    if constexpr (VECTOR == 4) {
+      store_4(dst, value.v, 4, true);
+    } else {
+      *dst = static_cast<T>(value.v[0]);
+    }
+  }
+  static __device__ __forceinline__ Vector floats_of(const Elements& x) {
+    Vector out;
+    if constexpr (VECTOR == 4) {
+      x.to_floats(out.v);
+    } else {
+      out.v[0] = static_cast<float>(x);
+    }
+    return out;
   }
 
   /// The W - 1 inputs in front of `position`; those before the sequence come from its initial state, if it has one.
-  template <typename Params>
-  __device__ __forceinline__ void load_window(const Params& p, int64_t seq_idx, int64_t begin, int64_t position) {
+  /// x_offset(n): of the input n tokens in front.
+  template <typename Params, typename Offset>
+  __device__ __forceinline__ void load_window(const Params& p, int64_t seq_idx, int64_t begin, int64_t position,
+                                              Offset x_offset) {
+    Elements x[WIDTH] = {};
 #pragma unroll
     for (int j = 1; j < WIDTH; ++j) {
       const int64_t source = position - WIDTH + j;
       const int64_t state_row = source - begin + width - 1;
-      has_input[j] = false;
-      input[j] = {};
       if (j <= WIDTH - width) continue;
       if (source >= begin) {
-        input[j] = floats_of(load_input(p, row_at(p.shape.sequences, p.rows, source)));
-        has_input[j] = true;
+        x[j] = load(p.x, x_offset(WIDTH - j));
       } else if (p.initial_state != nullptr) {
-        input[j] = floats_of(load_4(static_cast<const T*>(p.initial_state) +
-                                        (seq_idx * (width - 1) + state_row) * p.shape.num_channels + channel,
-                                    num_valid, is_aligned));
-        has_input[j] = true;
+        x[j] = load(p.initial_state, (seq_idx * (width - 1) + state_row) * p.shape.num_channels);
       }
     }
-  }
-
-  __device__ __forceinline__ void push(const ConvVector& x) {
 #pragma unroll
-    for (int j = 0; j + 1 < WIDTH; ++j) input[j] = input[j + 1], has_input[j] = has_input[j + 1] && j >= WIDTH - width;
-    input[WIDTH - 1] = x, has_input[WIDTH - 1] = true;
+    for (int j = 1; j < WIDTH; ++j) input[j] = floats_of(x[j]);
   }
 
-  __device__ __forceinline__ ConvVector convolve() const {
-    ConvVector sum = bias;
+  __device__ __forceinline__ bool has_tap(int j) const { return j >= WIDTH - width; }
+
+  __device__ __forceinline__ void push(const Elements& x) {
+#pragma unroll
+    for (int j = 0; j + 1 < WIDTH; ++j) input[j] = input[j + 1];
+    input[WIDTH - 1] = floats_of(x);
+  }
+
+  __device__ __forceinline__ Vector convolve() const {
+    Vector sum = bias;
 #pragma unroll
     for (int j = 0; j < WIDTH; ++j) {
-      if (!has_input[j]) continue;
+      if (!has_tap(j)) continue;
 #pragma unroll
-      for (int i = 0; i < kConvVector; ++i) sum.v[i] = fmaf(input[j].v[i], weight[j].v[i], sum.v[i]);
+      for (int i = 0; i < VECTOR; ++i) sum.v[i] = fmaf(input[j].v[i], weight[j].v[i], sum.v[i]);
     }
     return sum;
   }
 
-  __device__ __forceinline__ ConvVector activate(ConvVector sum, bool use_silu) const {
+  __device__ __forceinline__ Vector output(bool use_silu) const {
+    Vector sum = convolve();
     if (use_silu) {
 #pragma unroll
-      for (int i = 0; i < kConvVector; ++i) sum.v[i] *= sigmoid(sum.v[i]);
+      for (int i = 0; i < VECTOR; ++i) sum.v[i] *= sigmoid(sum.v[i]);
     }
     return sum;
+  }
+
+  /// Of the sum, from that of the output; the thread holds the sum's inputs.
+  __device__ __forceinline__ Vector sum_gradient(const Elements& d_y, bool use_silu) const {
+    Vector gradient = floats_of(d_y);
+    if (use_silu) {
+      const Vector x = convolve();
+#pragma unroll
+      for (int i = 0; i < VECTOR; ++i) {
+        const float s = sigmoid(x.v[i]);
+        gradient.v[i] *= s * (1.f + x.v[i] * (1.f - s));
+      }
+    }
+    return gradient;
   }
 };
 
 /// Grid: blocks of channels on x fastest, then blocks of tokens.
-template <typename T, int WIDTH>
-__global__ void __launch_bounds__(kConvThreads, WIDTH <= 4 ? 3 : 2)
-    causal_conv1d_fwd_kernel(const __grid_constant__ CausalConv1dFwdParams p, int64_t num_channel_blocks,
-                             bool is_aligned) {
+template <typename T, int WIDTH, int VECTOR>
+__global__ void __launch_bounds__(kConvThreads, WIDTH <= 4 ? 4 : 3)
+    causal_conv1d_fwd_kernel(const __grid_constant__ CausalConv1dFwdParams p, int64_t num_channel_blocks) {
   constexpr int kBatch = 8;  // tokens asked for at a time
+  __shared__ BlockTokens<kConvFwdTokens, WIDTH - 1, 0> tokens;
   const RecurrenceShape& sequences = p.shape.sequences;
   const int64_t block = blockIdx.x;
   const int64_t first = block / num_channel_blocks * kConvFwdTokens;
   const int64_t last = min(first + kConvFwdTokens, sequences.batch * sequences.seqlen);
-  ConvThread<T, WIDTH> thread;
-  thread.load_filter(p, (block % num_channel_blocks * kConvThreads + threadIdx.x) * kConvVector, is_aligned);
+  ConvThread<T, WIDTH, VECTOR> thread;
+  const bool has_channels = thread.load_filter(p, block % num_channel_blocks);
   int64_t seq_idx = sequence_of(sequences, p.cu_seqlens, first);
   PackedRange range = packed_range(sequences, p.cu_seqlens, seq_idx);
-  if (thread.num_valid == 0) return;
-
-  const auto y_at = [&](int64_t row) { return static_cast<T*>(p.y) + row * p.shape.num_channels + thread.channel; };
+  tokens.find(p, first);
+  if (!has_channels) return;
 
   for (int64_t begin = first; begin < last;) {
     while (begin >= range.end && seq_idx + 1 < sequences.num_seqs) {
       range = next_range(sequences, p.cu_seqlens, ++seq_idx, range);
     }
+    const auto first_token = static_cast<int>(begin - first);
     if (begin < range.begin || begin >= range.end) {
-      store_4(y_at(row_at(sequences, p.rows, begin++).row), ConvVector{}.v, thread.num_valid, is_aligned);
+      thread.store(p.y, tokens.offset(first_token), {});
+      ++begin;
       continue;
     }
     // The block's part of one sequence
-    const int64_t end = min(last, range.end);
-    thread.load_window(p, seq_idx, range.begin, begin);
-    for (int64_t position = begin; position < end; position += kBatch) {
-      int64_t row[kBatch];
-      FourElements<T> x[kBatch];
+    const auto end_token = static_cast<int>(min(last, range.end) - first);
+    thread.load_window(p, seq_idx, range.begin, begin, [&](int n) { return tokens.x_offset(first_token - n); });
+    for (int token = first_token; token < end_token; token += kBatch) {
+      typename ConvThread<T, WIDTH, VECTOR>::Elements x[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) x[i] = thread.load(p.x, tokens.x_offset(min(token + i, end_token - 1)));
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
-        if (position + i >= end) continue;
-        const TokenRow at = row_of(sequences, p.cu_seqlens, p.rows, seq_idx, range, position + i);
-        row[i] = at.row;
-        x[i] = thread.load_input(p, at);
-      }
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        if (position + i >= end) continue;
-        thread.push(floats_of(x[i]));
-        store_4(y_at(row[i]), thread.activate(thread.convolve(), p.use_silu).v, thread.num_valid, is_aligned);
+        if (token + i >= end_token) break;
+        thread.push(x[i]);
+        thread.store(p.y, tokens.offset(token + i), thread.output(p.use_silu));
       }
     }
-    begin = end;
+    begin = first + end_token;
   }
 }
 
 /// The last W - 1 inputs of each sequence. Grid: (sequence, block of channels).
-template <typename T>
+template <typename T, int VECTOR>
 __global__ void __launch_bounds__(kConvThreads)
-    causal_conv1d_final_state_kernel(const __grid_constant__ CausalConv1dFwdParams p, int64_t num_channel_blocks,
-                                     bool is_aligned) {
+    causal_conv1d_final_state_kernel(const __grid_constant__ CausalConv1dFwdParams p, int64_t num_channel_blocks) {
   const int tail = p.shape.width - 1;
   const int64_t seq_idx = blockIdx.x / num_channel_blocks;
-  const int64_t channel = (blockIdx.x % num_channel_blocks * kConvThreads + threadIdx.x) * kConvVector;
   const PackedRange range = packed_range(p.shape.sequences, p.cu_seqlens, seq_idx);
-  ConvThread<T, kConvMaxWidth> thread;
-  thread.channel = channel, thread.width = p.shape.width, thread.is_aligned = is_aligned;
-  thread.num_valid = static_cast<int>(min(max(p.shape.num_channels - channel, int64_t{0}), int64_t{kConvVector}));
-  if (thread.num_valid == 0) return;
-  thread.load_window(p, seq_idx, range.begin, range.end);
+  ConvThread<T, kConvMaxWidth, VECTOR> thread;
+  if (!thread.load_filter(p, blockIdx.x % num_channel_blocks)) return;
+  thread.load_window(p, seq_idx, range.begin, range.end, [&](int n) { return x_offset(p, range.end - n); });
 #pragma unroll
   for (int j = 1; j < kConvMaxWidth; ++j) {
     const int row = j - (kConvMaxWidth - tail);
-    if (row < 0) continue;
-    store_4(static_cast<T*>(p.final_state) + (seq_idx * tail + row) * p.shape.num_channels + channel, thread.input[j].v,
-            thread.num_valid, is_aligned);
+    if (row >= 0) thread.store(p.final_state, (seq_idx * tail + row) * p.shape.num_channels, thread.input[j]);
   }
-}
-
-/// Of the sum, from that of the output; the thread holds the sum's inputs.
-template <typename T, int WIDTH>
-__device__ __forceinline__ ConvVector sum_gradient(ConvVector gradient, const ConvThread<T, WIDTH>& thread,
-                                                   bool use_silu) {
-  if (use_silu) {
-    const ConvVector x = thread.convolve();
-#pragma unroll
-    for (int i = 0; i < kConvVector; ++i) {
-      const float s = sigmoid(x.v[i]);
-      gradient.v[i] *= s * (1.f + x.v[i] * (1.f - s));
-    }
-  }
-  return gradient;
 }
 
 /// Grid as the forward kernel. Leaves each block's share of dweight [W, D] and dbias [D] in the workspace.
-template <typename T, int WIDTH>
+template <typename T, int WIDTH, int VECTOR>
 __global__ void __launch_bounds__(kConvThreads, WIDTH <= 4 ? 3 : 2)
-    causal_conv1d_bwd_kernel(const __grid_constant__ CausalConv1dBwdParams p, int64_t num_channel_blocks,
-                             bool is_aligned) {
-  constexpr int kBatch = WIDTH <= 4 ? 4 : 2;  // tokens asked for at a time
+    causal_conv1d_bwd_kernel(const __grid_constant__ CausalConv1dBwdParams p, int64_t num_channel_blocks) {
+  constexpr int kBatch = WIDTH <= 4 ? 8 : 4;  // tokens asked for at a time
+  __shared__ BlockTokens<kConvBwdTokens, WIDTH - 1, WIDTH - 1> tokens;
   const RecurrenceShape& sequences = p.shape.sequences;
   const int tail = p.shape.width - 1;
   const int64_t token_block = blockIdx.x / num_channel_blocks;
   const int64_t first = token_block * kConvBwdTokens;
   const int64_t last = min(first + kConvBwdTokens, sequences.batch * sequences.seqlen);
-  ConvThread<T, WIDTH> thread;
-  thread.load_filter(p, (blockIdx.x % num_channel_blocks * kConvThreads + threadIdx.x) * kConvVector, is_aligned);
+  ConvThread<T, WIDTH, VECTOR> thread;
+  const bool has_channels = thread.load_filter(p, blockIdx.x % num_channel_blocks);
   int64_t seq_idx = sequence_of(sequences, p.cu_seqlens, first);
   PackedRange range = packed_range(sequences, p.cu_seqlens, seq_idx);
-  if (thread.num_valid == 0) return;
-  ConvVector dweight[WIDTH] = {}, dbias = {};
-  const auto dx_at = [&](int64_t position) {
-    return static_cast<T*>(p.dx) + row_at(sequences, p.rows, position).row * p.shape.num_channels + thread.channel;
-  };
-  const auto d_y_at = [&](int64_t row) {
-    return static_cast<const T*>(p.d_y) + row * p.shape.num_channels + thread.channel;
-  };
+  tokens.find(p, first);
+  if (!has_channels) return;
+  using Vector = ConvVector<VECTOR>;
+  using Elements = ConvElements<T, VECTOR>;
+  Vector dweight[WIDTH] = {}, dbias = {};
 
   for (int64_t begin = first; begin < last;) {
     while (begin >= range.end && seq_idx + 1 < sequences.num_seqs) {
       range = next_range(sequences, p.cu_seqlens, ++seq_idx, range);
     }
+    const auto first_token = static_cast<int>(begin - first);
     if (begin < range.begin || begin >= range.end) {
-      store_4(dx_at(begin++), ConvVector{}.v, thread.num_valid, is_aligned);
+      thread.store(p.dx, tokens.offset(first_token), {});
+      ++begin;
       continue;
     }
-    // The block's part of one sequence; the tokens behind it that still see its inputs come along.
-    const int64_t end = min(last, range.end);
-    // Tokens from `begin` on: of the block, and of the sequence as far as matters here
-    const auto num_tokens = static_cast<int>(end - begin);
-    const auto num_left = static_cast<int>(min(range.end - begin, int64_t{num_tokens + WIDTH}));
-    ConvVector gradient[WIDTH] = {};  // of the sums at token - WIDTH + 1 ... token
-    thread.load_window(p, seq_idx, range.begin, begin);
-    const auto visit = [&](int token, const FourElements<T>& x, const FourElements<T>& d_y) {
+    // The block's part of one sequence
+    const auto end_token = static_cast<int>(min(last, range.end) - first);
+    Vector gradient[WIDTH] = {};  // of the sums at token - WIDTH + 1 ... token
+    const auto shift = [&](const Vector& newest) {
 #pragma unroll
       for (int j = 0; j + 1 < WIDTH; ++j) gradient[j] = gradient[j + 1];
-      gradient[WIDTH - 1] = {};
-      if (token < num_left) {
-        thread.push(floats_of(x));
-        gradient[WIDTH - 1] = sum_gradient(floats_of(d_y), thread, p.use_silu);
-      }
-      if (token < num_tokens) {
-#pragma unroll
-        for (int i = 0; i < kConvVector; ++i) dbias.v[i] += gradient[WIDTH - 1].v[i];
-#pragma unroll
-        for (int j = 0; j < WIDTH; ++j) {
-          if (!thread.has_input[j]) continue;
-#pragma unroll
-          for (int i = 0; i < kConvVector; ++i) {
-            dweight[j].v[i] = fmaf(gradient[WIDTH - 1].v[i], thread.input[j].v[i], dweight[j].v[i]);
-          }
-        }
-      }
-      const int done = token - (WIDTH - 1);
-      if (done < 0) return;
-      ConvVector dx = {};
-      if (const int kept = done - (num_left - tail); p.d_final_state != nullptr && kept >= 0) {
-        dx = floats_of(load_4(
-            static_cast<const T*>(p.d_final_state) + (seq_idx * tail + kept) * p.shape.num_channels + thread.channel,
-            thread.num_valid, is_aligned));
-      }
-      // Tap WIDTH - 1 - j reached input `done` from the token j behind it.
+      gradient[WIDTH - 1] = newest;
+    };
+    // Tap WIDTH - 1 - j reached input `done` from the token j behind it.
+    const auto finish = [&](int done, Vector dx) {
 #pragma unroll
       for (int j = 0; j < WIDTH; ++j) {
-        if (j > tail || done + j >= num_left) continue;
+        if (j > tail) continue;
 #pragma unroll
-        for (int i = 0; i < kConvVector; ++i) {
-          dx.v[i] = fmaf(gradient[j].v[i], thread.weight[WIDTH - 1 - j].v[i], dx.v[i]);
-        }
+        for (int i = 0; i < VECTOR; ++i) dx.v[i] = fmaf(gradient[j].v[i], thread.weight[WIDTH - 1 - j].v[i], dx.v[i]);
       }
-      store_4(dx_at(begin + done), dx.v, thread.num_valid, is_aligned);
+      if (done >= first_token) thread.store(p.dx, tokens.offset(done), dx);
     };
-    for (int token = 0; token < num_tokens + WIDTH - 1; token += kBatch) {
-      FourElements<T> x[kBatch], d_y[kBatch];
+    thread.load_window(p, seq_idx, range.begin, begin, [&](int n) { return tokens.x_offset(first_token - n); });
+    for (int token = first_token; token < end_token; token += kBatch) {
+      Elements x[kBatch], d_y[kBatch];
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
-        if (token + i >= min(num_tokens + WIDTH - 1, num_left)) continue;
-        const TokenRow at = row_of(sequences, p.cu_seqlens, p.rows, seq_idx, range, begin + token + i);
-        x[i] = thread.load_input(p, at);
-        d_y[i] = load_4(d_y_at(at.row), thread.num_valid, is_aligned);
+        const int at = min(token + i, end_token - 1);
+        x[i] = thread.load(p.x, tokens.x_offset(at));
+        d_y[i] = thread.load(p.d_y, tokens.offset(at));
       }
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
-        if (token + i < num_tokens + WIDTH - 1) visit(token + i, x[i], d_y[i]);
+        if (token + i >= end_token) break;
+        thread.push(x[i]);
+        const Vector newest = thread.sum_gradient(d_y[i], p.use_silu);
+#pragma unroll
+        for (int c = 0; c < VECTOR; ++c) dbias.v[c] += newest.v[c];
+#pragma unroll
+        for (int j = 0; j < WIDTH; ++j) {
+          if (!thread.has_tap(j)) continue;
+#pragma unroll
+          for (int c = 0; c < VECTOR; ++c) dweight[j].v[c] = fmaf(newest.v[c], thread.input[j].v[c], dweight[j].v[c]);
+        }
+        shift(newest);
+        finish(token + i - (WIDTH - 1), {});
       }
     }
-    begin = end;
+
+    // The tokens behind it that still see its inputs, as far as the sequence has them
+    const auto seq_end = static_cast<int>(min(range.end - first, int64_t{end_token + WIDTH}));
+    Elements x[WIDTH - 1] = {}, d_y[WIDTH - 1] = {};
+#pragma unroll
+    for (int i = 0; i < WIDTH - 1; ++i) {
+      if (end_token + i >= seq_end) continue;
+      x[i] = thread.load(p.x, tokens.x_offset(end_token + i));
+      d_y[i] = thread.load(p.d_y, tokens.offset(end_token + i));
+    }
+#pragma unroll
+    for (int i = 0; i < WIDTH - 1; ++i) {
+      Vector newest = {}, dx = {};
+      if (end_token + i < seq_end) {
+        thread.push(x[i]);
+        newest = thread.sum_gradient(d_y[i], p.use_silu);
+      }
+      shift(newest);
+      const int done = end_token + i - (WIDTH - 1), kept = done - (seq_end - tail);
+      if (p.d_final_state != nullptr && kept >= 0 && done >= first_token) {
+        dx = thread.floats_of(thread.load(p.d_final_state, (seq_idx * tail + kept) * p.shape.num_channels));
+      }
+      finish(done, dx);
+    }
+    begin = first + end_token;
   }
   float* partial = static_cast<float*>(p.workspace) + token_block * (p.shape.width + 1) * p.shape.num_channels;
 #pragma unroll
-  for (int i = 0; i < kConvVector; ++i) {
-    if (i >= thread.num_valid) continue;
+  for (int i = 0; i < VECTOR; ++i) {
 #pragma unroll
     for (int j = 0; j < WIDTH; ++j) {
       const int tap = j - (WIDTH - p.shape.width);
@@ -374,81 +410,71 @@ __global__ void __launch_bounds__(kConvReduceChannels* kConvReduceParts)
 }
 
 /// Gradient of the initial states. Grid: (sequence, block of channels).
-template <typename T>
+template <typename T, int VECTOR>
 __global__ void __launch_bounds__(kConvThreads)
-    causal_conv1d_bwd_state_kernel(const __grid_constant__ CausalConv1dBwdParams p, int64_t num_channel_blocks,
-                                   bool is_aligned) {
+    causal_conv1d_bwd_state_kernel(const __grid_constant__ CausalConv1dBwdParams p, int64_t num_channel_blocks) {
   const int tail = p.shape.width - 1;
   const int64_t seq_idx = blockIdx.x / num_channel_blocks;
   const PackedRange range = packed_range(p.shape.sequences, p.cu_seqlens, seq_idx);
   const int64_t length = range.end - range.begin;
-  ConvThread<T, kConvMaxWidth> thread;
-  thread.load_filter(p, (blockIdx.x % num_channel_blocks * kConvThreads + threadIdx.x) * kConvVector, is_aligned);
-  if (thread.num_valid == 0) return;
-  thread.load_window(p, seq_idx, range.begin, range.begin);
-  ConvVector gradient[kConvMaxWidth - 1] = {};  // of the first sums
+  ConvThread<T, kConvMaxWidth, VECTOR> thread;
+  if (!thread.load_filter(p, blockIdx.x % num_channel_blocks)) return;
+  thread.load_window(p, seq_idx, range.begin, range.begin, [](int) { return int64_t{0}; });
+  ConvVector<VECTOR> gradient[kConvMaxWidth - 1] = {};  // of the first sums
 #pragma unroll
   for (int t = 0; t < kConvMaxWidth - 1; ++t) {
     if (t >= tail || t >= length) continue;
-    const TokenRow at = row_of(p.shape.sequences, p.cu_seqlens, p.rows, seq_idx, range, range.begin + t);
-    thread.push(floats_of(thread.load_input(p, at)));
-    const T* d_y = static_cast<const T*>(p.d_y) + at.row * p.shape.num_channels + thread.channel;
-    gradient[t] = sum_gradient(floats_of(load_4(d_y, thread.num_valid, is_aligned)), thread, p.use_silu);
+    thread.push(thread.load(p.x, x_offset(p, range.begin + t)));
+    const int64_t row = row_at(p.shape.sequences, p.rows, range.begin + t).row * p.shape.num_channels;
+    gradient[t] = thread.sum_gradient(thread.load(p.d_y, row), p.use_silu);
   }
 #pragma unroll
   for (int j = 1; j < kConvMaxWidth; ++j) {
     const int row = j - (kConvMaxWidth - tail);  // seen by token t through the tap of row row - t
     if (row < 0) continue;
-    ConvVector d_state = {};
+    ConvVector<VECTOR> d_state = {};
     if (p.d_final_state != nullptr && row >= length) {
-      d_state = floats_of(load_4(static_cast<const T*>(p.d_final_state) +
-                                     (seq_idx * tail + row - length) * p.shape.num_channels + thread.channel,
-                                 thread.num_valid, is_aligned));
+      d_state = thread.floats_of(thread.load(p.d_final_state, (seq_idx * tail + row - length) * p.shape.num_channels));
     }
 #pragma unroll
     for (int t = 0; t < j; ++t) {
       if (t > row || t >= length) continue;
 #pragma unroll
-      for (int i = 0; i < kConvVector; ++i) {
+      for (int i = 0; i < VECTOR; ++i) {
         d_state.v[i] = fmaf(gradient[t].v[i], thread.weight[j - 1 - t].v[i], d_state.v[i]);
       }
     }
-    store_4(static_cast<T*>(p.d_initial_state) + (seq_idx * tail + row) * p.shape.num_channels + thread.channel,
-            d_state.v, thread.num_valid, is_aligned);
+    thread.store(p.d_initial_state, (seq_idx * tail + row) * p.shape.num_channels, d_state);
   }
 }
 
 /// One token of each sequence, states in place. Grid: (sequence, block of channels).
-template <typename T>
+template <typename T, int VECTOR>
 __global__ void __launch_bounds__(kConvThreads)
-    causal_conv1d_step_kernel(const __grid_constant__ CausalConv1dStepParams p, int64_t num_channel_blocks,
-                              bool is_aligned) {
+    causal_conv1d_step_kernel(const __grid_constant__ CausalConv1dStepParams p, int64_t num_channel_blocks) {
   const RecurrenceShape& sequences = p.shape.sequences;
   const int tail = p.shape.width - 1;
   const int64_t seq_idx = blockIdx.x / num_channel_blocks;
   const int64_t slot = step_slot(sequences, p.state_indices, p.memories, p.num_memories, p.num_slots, seq_idx);
-  ConvThread<T, kConvMaxWidth> thread;
-  thread.load_filter(p, (blockIdx.x % num_channel_blocks * kConvThreads + threadIdx.x) * kConvVector, is_aligned);
-  if (thread.num_valid == 0) return;
-  T* y = static_cast<T*>(p.y) + seq_idx * p.shape.num_channels + thread.channel;
+  ConvThread<T, kConvMaxWidth, VECTOR> thread;
+  if (!thread.load_filter(p, blockIdx.x % num_channel_blocks)) return;
+  const int64_t y_row = seq_idx * p.shape.num_channels;
   if (slot < 0) {
-    store_4(y, ConvVector{}.v, thread.num_valid, is_aligned);
+    thread.store(p.y, y_row, {});
     return;
   }
-  T* state = static_cast<T*>(p.state) + slot * tail * p.shape.num_channels + thread.channel;
-  const T* x = static_cast<const T*>(p.x) + seq_idx / sequences.seqlen * p.x_stride.batch +
-               seq_idx % sequences.seqlen * p.x_stride.token + thread.channel;
+  const int64_t state_row = slot * tail * p.shape.num_channels;
+  const int64_t x_row = seq_idx / sequences.seqlen * p.x_stride.batch + seq_idx % sequences.seqlen * p.x_stride.token;
 #pragma unroll
   for (int j = 0; j < kConvMaxWidth; ++j) {
     const int row = j - (kConvMaxWidth - 1 - tail);
-    thread.has_input[j] = row >= 0;
     thread.input[j] = {};
     if (row < 0) continue;
-    thread.input[j] =
-        floats_of(load_4(row < tail ? state + row * p.shape.num_channels : x, thread.num_valid, is_aligned));
-    if (row > 0) store_4(state + (row - 1) * p.shape.num_channels, thread.input[j].v, thread.num_valid, is_aligned);
+    thread.input[j] = thread.floats_of(row < tail ? thread.load(p.state, state_row + row * p.shape.num_channels)
+                                                  : thread.load(p.x, x_row));
+    if (row > 0) thread.store(p.state, state_row + (row - 1) * p.shape.num_channels, thread.input[j]);
   }
-  store_4(y, thread.activate(thread.convolve(), p.use_silu).v, thread.num_valid, is_aligned);
+  thread.store(p.y, y_row, thread.output(p.use_silu));
 }
 
 }  // namespace remora

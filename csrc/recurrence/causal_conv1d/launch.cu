@@ -1,6 +1,8 @@
 // CUDA entry points of the causal convolution.
 #include "recurrence/causal_conv1d/launch.h"
 
+#include <type_traits>
+
 #include "recurrence/causal_conv1d/kernels.cuh"
 
 namespace remora {
@@ -19,55 +21,70 @@ bool is_aligned(const void* pointer, int64_t stride_bytes) {
   return (reinterpret_cast<uintptr_t>(pointer) | static_cast<uintptr_t>(stride_bytes)) % 16 == 0;
 }
 
-/// What all launches of a call share.
+/// What all launches of a call share: VECTOR channels a thread.
+template <int VECTOR>
 struct ConvLaunch {
   int64_t num_channel_blocks;
-  bool is_aligned;  // rows and states allow vectors of four channels
   cudaStream_t stream;
 
   template <class Params>
   ConvLaunch(const Params& p, const Launch& launch)
-      : num_channel_blocks(ceil_div(p.shape.num_channels, kConvBlockChannels)),
-        is_aligned(remora::is_aligned(p.x, (p.x_stride.batch | p.x_stride.token) * size_of(p.dtype)) &&
-                   p.shape.num_channels * size_of(p.dtype) % 16 == 0),
+      : num_channel_blocks(ceil_div(p.shape.num_channels, kConvThreads * VECTOR)),
         stream(static_cast<cudaStream_t>(launch.stream)) {}
 
   template <class Kernel, class Params>
   Error operator()(Kernel kernel, int64_t num_blocks, const Params& params) const {
     if (num_blocks * num_channel_blocks > INT32_MAX) return "causal_conv1d on CUDA: too many tokens and channels";
-    kernel<<<static_cast<unsigned>(num_blocks * num_channel_blocks), kConvThreads, 0, stream>>>(
-        params, num_channel_blocks, is_aligned);
+    kernel<<<static_cast<unsigned>(num_blocks * num_channel_blocks), kConvThreads, 0, stream>>>(params,
+                                                                                                num_channel_blocks);
     return message_of(cudaGetLastError());
   }
 };
 
+/// run(std::integral_constant<int, VECTOR>) with as many channels a thread as rows and states allow.
+template <class Params, class Run>
+Error with_vector(const Params& p, Run run) {
+  const bool aligned = is_aligned(p.x, (p.x_stride.batch | p.x_stride.token) * size_of(p.dtype)) &&
+                       p.shape.num_channels * size_of(p.dtype) % 16 == 0;
+  return aligned ? run(std::integral_constant<int, 4>()) : run(std::integral_constant<int, 1>());
+}
+
 template <typename T>
 Error fwd(const CausalConv1dFwdParams& params, const Launch& launch) {
-  const ConvLaunch run(params, launch);
-  const int64_t num_blocks = num_token_blocks(params.shape, kConvFwdTokens);
-  const auto kernel = params.shape.width <= 4 ? causal_conv1d_fwd_kernel<T, 4> : causal_conv1d_fwd_kernel<T, 8>;
-  if (const Error error = run(kernel, num_blocks, params)) return error;
-  if (params.final_state == nullptr) return nullptr;
-  return run(causal_conv1d_final_state_kernel<T>, params.shape.sequences.num_seqs, params);
+  return with_vector(params, [&](auto vector) -> Error {
+    const ConvLaunch<vector> run(params, launch);
+    const int64_t num_blocks = num_token_blocks(params.shape, kConvFwdTokens);
+    const auto kernel =
+        params.shape.width <= 4 ? causal_conv1d_fwd_kernel<T, 4, vector> : causal_conv1d_fwd_kernel<T, 8, vector>;
+    if (const Error error = run(kernel, num_blocks, params)) return error;
+    if (params.final_state == nullptr) return nullptr;
+    return run(causal_conv1d_final_state_kernel<T, vector>, params.shape.sequences.num_seqs, params);
+  });
 }
 
 template <typename T>
 Error bwd(const CausalConv1dBwdParams& params, const Launch& launch) {
-  const ConvLaunch run(params, launch);
-  const int64_t num_blocks = num_token_blocks(params.shape, kConvBwdTokens);
-  const auto kernel = params.shape.width <= 4 ? causal_conv1d_bwd_kernel<T, 4> : causal_conv1d_bwd_kernel<T, 8>;
-  if (const Error error = run(kernel, num_blocks, params)) return error;
-  const int64_t num_reduce_ctas = ceil_div(params.shape.num_channels, kConvReduceChannels) * (params.shape.width + 1);
-  causal_conv1d_reduce_kernel<<<static_cast<unsigned>(num_reduce_ctas), kConvReduceChannels * kConvReduceParts, 0,
-                                run.stream>>>(params, num_blocks);
-  if (const Error error = message_of(cudaGetLastError())) return error;
-  if (params.d_initial_state == nullptr) return nullptr;
-  return run(causal_conv1d_bwd_state_kernel<T>, params.shape.sequences.num_seqs, params);
+  return with_vector(params, [&](auto vector) -> Error {
+    const ConvLaunch<vector> run(params, launch);
+    const int64_t num_blocks = num_token_blocks(params.shape, kConvBwdTokens);
+    const auto kernel =
+        params.shape.width <= 4 ? causal_conv1d_bwd_kernel<T, 4, vector> : causal_conv1d_bwd_kernel<T, 8, vector>;
+    if (const Error error = run(kernel, num_blocks, params)) return error;
+    const int64_t num_reduce_ctas = ceil_div(params.shape.num_channels, kConvReduceChannels) * (params.shape.width + 1);
+    causal_conv1d_reduce_kernel<<<static_cast<unsigned>(num_reduce_ctas), kConvReduceChannels * kConvReduceParts, 0,
+                                  run.stream>>>(params, num_blocks);
+    if (const Error error = message_of(cudaGetLastError())) return error;
+    if (params.d_initial_state == nullptr) return nullptr;
+    return run(causal_conv1d_bwd_state_kernel<T, vector>, params.shape.sequences.num_seqs, params);
+  });
 }
 
 template <typename T>
 Error step(const CausalConv1dStepParams& params, const Launch& launch) {
-  return ConvLaunch(params, launch)(causal_conv1d_step_kernel<T>, params.shape.sequences.num_seqs, params);
+  return with_vector(params, [&](auto vector) -> Error {
+    return ConvLaunch<vector>(params, launch)(causal_conv1d_step_kernel<T, vector>, params.shape.sequences.num_seqs,
+                                              params);
+  });
 }
 
 template <class Params, class Bf16, class Fp16, class Fp32>

@@ -224,7 +224,7 @@ __global__ void __launch_bounds__(kScanThreads, 3)
     dy[i][j] = smem.dy[at];
     steps[i] += dt[i][j];
   });
-  if (in.z != nullptr) for_each_token([&](int i, int j, int at) { dy[i][j] *= smem.z[at] * scan_sigmoid(smem.z[at]); });
+  if (in.z != nullptr) for_each_token([&](int i, int j, int at) { dy[i][j] *= smem.z[at] * sigmoid(smem.z[at]); });
 
   const auto load_map = [&](const void* data, const ScanGroupStrides& stride, int first_state, float* smem_map) {
     const T* src = static_cast<const T*>(data) + interval.batch * stride.batch + interval.token(0) * stride.token +
@@ -344,13 +344,13 @@ __global__ void __launch_bounds__(kScanThreads, 3)
   // smem.u takes du, smem.delta ddelta, smem.z dz.
   if (in.z != nullptr) {
     for_each_token([&](int i, int j, int at) {
-      const float z = smem.z[at], gate = scan_sigmoid(z);
+      const float z = smem.z[at], gate = sigmoid(z);
       smem.z[at] = smem.dy[at] * (y[i][j] + smem.skip[channel_of(i)] * smem.u[at]) * gate * (1.f + z * (1.f - gate));
     });
   }
   for_each_token([&](int i, int j, int at) { decays[i][j] = decays[i][j] * kLn2 + smem.u[at] * write[i][j]; });
   if (in.delta_softplus) {
-    for_each_token([&](int i, int j, int at) { decays[i][j] *= scan_sigmoid(logit(i, at)); });
+    for_each_token([&](int i, int j, int at) { decays[i][j] *= sigmoid(logit(i, at)); });
   }
   float dskip[kRunChannels] = {}, dbias[kRunChannels] = {};
   for_each_token([&](int i, int j, int at) {

@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(kScanThreads)
   y = warp_sum<Traits::LANES>(y) + block.channel_value(in.skip) * u;
   if (in.z != nullptr) {
     const float z = channel_input(in.z, in.z_stride);
-    y *= z * scan_sigmoid(z);
+    y *= z * sigmoid(z);
   }
   if (!is_skipped) block.store_state(x, p.state, slot);
   if (block.is_first_lane()) {

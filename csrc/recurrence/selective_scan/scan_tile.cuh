@@ -213,7 +213,6 @@ __device__ __forceinline__ float scan_softplus(float x) {
   const float series = (((0.281746745f * q + 0.279614329f) * q + 0.400248498f) * q + 0.666663170f) * q + 2.f;
   return fmaxf(x, 0.f) + s * series;
 }
-__device__ __forceinline__ float scan_sigmoid(float x) { return rcp_approx(1.f + exp2_approx(-kLog2e * x)); }
 
 /// A CTA that walks tokens: the constants of a thread's channel in registers, tiles in shared memory.
 template <typename T, class Traits>
@@ -329,7 +328,7 @@ struct ScanBlock {
     __syncwarp();
   }
   __device__ __forceinline__ void make_gates(float* smem_z) const {
-    for_own_tokens(smem_z, [](int, float z) { return z * scan_sigmoid(z); });
+    for_own_tokens(smem_z, [](int, float z) { return z * sigmoid(z); });
     __syncwarp();
   }
 };

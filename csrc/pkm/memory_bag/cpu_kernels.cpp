@@ -148,15 +148,19 @@ void write_sum(const MemoryBagBwdParams& p, int64_t u, int64_t at, int64_t width
 }
 
 /// Sorted positions that one call of bwd() may read: its own, and what pieces that begin there reach beyond.
-constexpr int64_t kBwdPositions = 4 * kPieceLookups;
+constexpr int64_t kBwdPositions = 5 * kPieceLookups;
 
 template <class T, class E>
 struct BwdScratch {
   Run<E> run;
-  T* sum;  // [d]
+  T* weights;  // [h, kBwdPositions]
+  T* sum;      // [d]
 
   BwdScratch(const BagShape& shape, Arena& arena)
-      : run(kBwdPositions + kPieceLookups, arena), sum(arena.take<T>(shape.width)) {}
+      : run(kBwdPositions, arena),
+        weights(arena.take<T>(shape.heads * kBwdPositions)),
+        sum(arena.take<T>(shape.width)) {}
+  T* weights_of(int64_t b) const { return weights + b * kBwdPositions; }
 };
 
 template <bool kDots, class T, class E>
@@ -172,10 +176,9 @@ void bwd_piece(const MemoryBagBwdParams& p, BwdScratch<T, E>& scratch, int64_t u
     for (int64_t i = first; i < first + count; i += kGatherRows) {
       const int size = static_cast<int>(std::min<int64_t>(kGatherRows, first + count - i));
       const E *rows[kGatherRows], *next[kGatherRows];
-      T weights[kGatherRows], dots[kGatherRows];
+      T dots[kGatherRows];
       for (int k = 0; k < size; ++k) rows[k] = run.rows[i + k] + at, next[k] = run.rows[i + k + kAhead] + at;
-      load_weights(p.weights, run.lookups + i, size, shape.heads, b, weights);
-      gather<true, kDots, T, E>(size, rows, next, block, i == first, weights, sum, row, dots);
+      gather<true, kDots, T, E>(size, rows, next, block, i == first, scratch.weights_of(b) + i, sum, row, dots);
       for (int k = 0; kDots && k < size; ++k) {
         static_cast<T*>(p.d_weights)[run.lookups[i + k] * shape.heads + b] = dots[k];
       }
@@ -195,8 +198,13 @@ void bwd(const MemoryBagBwdParams& p, int64_t begin, int64_t end, void* buffer) 
     const int64_t m = p.order[i], token = static_cast<uint32_t>(m) / static_cast<uint32_t>(shape.lookups);
     const uint32_t group = shape.out_groups > 1 ? locate(shape.map, shape.indices[m]).group : 0;
     run.add(static_cast<const E*>(p.d_out) + shape.out_row(token, group) * shape.width, m);
+    if (p.d_weights) __builtin_prefetch(static_cast<T*>(p.d_weights) + m * shape.heads, 1, 3);
   }
   run.close();
+  // Weights belong to lookups anywhere: a loop of their own lets the processor wait for many at once.
+  for (int64_t b = 0; b < shape.heads; ++b) {
+    load_weights(p.weights, run.lookups, static_cast<int>(run.size), shape.heads, b, scratch.weights_of(b));
+  }
   if (p.d_weights) {
     for (int64_t i = std::max(begin, num_found); i < end; ++i) {
       std::fill_n(static_cast<T*>(p.d_weights) + p.order[i] * shape.heads, shape.heads, T(0));

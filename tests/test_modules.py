@@ -158,7 +158,7 @@ class TestGroupedLinear:
             order, ends = torch.tensor([2, 1, 4, 5, 6, 7, 0, 3]), torch.tensor([0, 2, 6, 6, 8], dtype=torch.int32)
         layer = GroupedLinear(5, sizes[0], sum(sizes[1])).to(dtype)
         x = torch.randn(4, sizes[0], dtype=dtype, requires_grad=True)
-        y = torch.cat(layer(x, order, ends, sizes[1]), dim=-1).unflatten(0, (-1, 4))
+        y = torch.cat(layer(x, order.int(), order.argsort().int(), ends, sizes[1]), dim=-1).unflatten(0, (-1, 4))
         group = torch.searchsorted(ends.long(), torch.arange(len(order)), right=True)[order.argsort()].view(-1, 4)
         is_chosen = (group < 5)[..., None]
         every = torch.einsum("gof,rf->gro", layer.weight, x)
@@ -177,7 +177,7 @@ class TestGroupedLinear:
         layer = GroupedLinear(5, 8, 16)
         compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
         x = torch.randn(4, 8, requires_grad=True)
-        call = (x, self.ORDER, self.ENDS, [10, 6])
+        call = (x, self.ORDER.int(), self.ORDER.argsort().int(), self.ENDS, [10, 6])
         y, expected = (torch.cat(f(*call), dim=-1) for f in (compiled, layer))
         torch.testing.assert_close(y, expected)
         leaves = [x, layer.weight]

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from remora.ops import memory_bag
+
 # torch's grouped matrix product wants rows of a multiple of 16 bytes: 8 elements of the narrowest dtype.
 ROW_MULTIPLE = 8
 
@@ -43,13 +45,14 @@ class GroupedLinear(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.num_groups}, {self.in_features}, {self.out_features}"
 
-    def forward(self, x: Tensor, order: Tensor, ends: Tensor, sizes: list[int]) -> list[Tensor]:
+    def forward(self, x: Tensor, order: Tensor, positions: Tensor, ends: Tensor, sizes: list[int]) -> list[Tensor]:
         """Apply the maps.
 
         Args:
             x: `[R, in_features]`.
-            order: `[J * R]` int64, the choices `j * R + r` sorted by group, those of no group last. The rows of a group
+            order: `[J * R]` int32, the choices `j * R + r` sorted by group, those of no group last. The rows of a group
                 are distinct.
+            positions: `[J * R]` int32, the inverse of `order`.
             ends: `[G]` int32, nondecreasing: group `g` is `order` from `ends[g - 1]` (0 for the first) to `ends[g]`.
             sizes: how many of the `out_features` stand in each output.
 
@@ -57,7 +60,7 @@ class GroupedLinear(nn.Module):
             For each size a tensor `[J * R, size]` in the dtype of `x`. A choice of no group gives finite numbers, whose
             gradient must be zero.
         """
-        y: list[Tensor] = _grouped_linear(x, self.weight.to(x.dtype), order, ends, sizes)
+        y: list[Tensor] = _grouped_linear(x, self.weight.to(x.dtype), order, positions, ends, sizes)
         return y
 
 
@@ -89,20 +92,18 @@ def _all_ends(order: Tensor, ends: Tensor) -> Tensor:
     return torch.where(is_last, order.shape[0], ends).int()
 
 
-def _inverse(order: Tensor) -> Tensor:
-    return torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
-
-
 # Operators of their own because their sizes depend on data, on the CPU, and because torch's fake kernel of the grouped
 # product refuses float32, which its real ones take.
 @torch.library.custom_op("remora_modules::grouped_linear", mutates_args=())
-def _grouped_linear(x: Tensor, weight: Tensor, order: Tensor, ends: Tensor, sizes: list[int]) -> list[Tensor]:
+def _grouped_linear(
+    x: Tensor, weight: Tensor, order: Tensor, positions: Tensor, ends: Tensor, sizes: list[int]
+) -> list[Tensor]:
     num_rows = x.shape[0]
     if _takes_grouped_product(x):
         maps = _padded(F.pad(weight, (0, 0, 0, -weight.shape[1] % ROW_MULTIPLE)))
         products = F.grouped_mm(_padded(x[order % num_rows]), maps.mT, offs=_all_ends(order, ends))
-        inverse = _inverse(order)
-        return [part[inverse] for part in products[:, : weight.shape[1]].split(sizes, dim=1)]
+        by_choice = positions.long()  # once, where torch would for every part
+        return [part[by_choice] for part in products[:, : weight.shape[1]].split(sizes, dim=1)]
     outputs = [x.new_empty(order.shape[0], size) for size in sizes]
     for group, choices, rows in _groups(order, ends, num_rows):
         products = x[rows] @ weight[group].mT
@@ -115,16 +116,17 @@ def _grouped_linear(x: Tensor, weight: Tensor, order: Tensor, ends: Tensor, size
 
 @torch.library.custom_op("remora_modules::grouped_linear_bwd", mutates_args=())
 def _grouped_linear_bwd(
-    x: Tensor, weight: Tensor, order: Tensor, ends: Tensor, d_outputs: list[Tensor]
+    x: Tensor, weight: Tensor, order: Tensor, positions: Tensor, ends: Tensor, d_outputs: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
     num_rows = x.shape[0]
     if _takes_grouped_product(x):
         maps = _padded(F.pad(weight, (0, 0, 0, -weight.shape[1] % ROW_MULTIPLE)))
         offs = _all_ends(order, ends)
-        d_products = _padded(torch.cat([d_y[order] for d_y in d_outputs], dim=1))
+        by_group = order.long()
+        d_products = _padded(torch.cat([d_y[by_group] for d_y in d_outputs], dim=1))
         d_x = F.grouped_mm(d_products, maps, offs=offs)[:, : x.shape[1]]
-        d_maps = F.grouped_mm(d_products.mT, _padded(x[order % num_rows]), offs=offs)
-        d_x = d_x[_inverse(order)].view(-1, *x.shape).sum(0)
+        d_maps = F.grouped_mm(d_products.mT, _padded(x[by_group % num_rows]), offs=offs)
+        d_x = memory_bag(positions.view(-1, num_rows).T, d_x.contiguous())
         return d_x, d_maps[:, : weight.shape[1], : weight.shape[2]].contiguous()
     d_x = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
     d_weight = torch.empty_like(weight)
@@ -136,28 +138,30 @@ def _grouped_linear_bwd(
 
 
 @_grouped_linear.register_fake
-def _(x: Tensor, weight: Tensor, order: Tensor, ends: Tensor, sizes: list[int]) -> list[Tensor]:
+def _(x: Tensor, weight: Tensor, order: Tensor, positions: Tensor, ends: Tensor, sizes: list[int]) -> list[Tensor]:
     return [x.new_empty(order.shape[0], size) for size in sizes]
 
 
 @_grouped_linear_bwd.register_fake
-def _(x: Tensor, weight: Tensor, order: Tensor, ends: Tensor, d_outputs: list[Tensor]) -> tuple[Tensor, Tensor]:
+def _(
+    x: Tensor, weight: Tensor, order: Tensor, positions: Tensor, ends: Tensor, d_outputs: list[Tensor]
+) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(weight)
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor, list[int]], output: list[Tensor]) -> None:
-    x, weight, order, ends, ctx.sizes = inputs
-    ctx.save_for_backward(x, weight, order, ends)
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[int]], output: list[Tensor]) -> None:
+    x, weight, order, positions, ends, ctx.sizes = inputs
+    ctx.save_for_backward(x, weight, order, positions, ends)
 
 
 def _backward(ctx: Any, d_outputs: list[Tensor | None]) -> tuple[Tensor | None, ...]:
-    x, weight, order, ends = ctx.saved_tensors
+    x, weight, order, positions, ends = ctx.saved_tensors
     d_outputs = [
         x.new_zeros(order.shape[0], size) if d_y is None else d_y
         for d_y, size in zip(d_outputs, ctx.sizes, strict=True)
     ]
-    d_x, d_weight = _grouped_linear_bwd(x, weight, order, ends, d_outputs)
-    return d_x, d_weight, None, None, None
+    d_x, d_weight = _grouped_linear_bwd(x, weight, order, positions, ends, d_outputs)
+    return d_x, d_weight, None, None, None, None
 
 
 _grouped_linear.register_autograd(_backward, setup_context=_save)

@@ -16,6 +16,7 @@ from remora.modules.gated_delta_net import reset_decay
 from remora.modules.grouped_linear import GroupedLinear
 from remora.modules.normalization import GatedRMSNorm, RMSNorm
 from remora.ops import (
+    RoutePlan,
     causal_conv1d,
     causal_conv1d_step,
     mom_gated_delta_rule,
@@ -51,10 +52,6 @@ class _Projected(NamedTuple):
         q, k, v: `[J, R, H * K]`, `[J, R, H * K]`, `[J, R, H * V]`.
         g: log decay, `[J, R, H]` fp32.
         beta: write strength, `[J, R, H]` fp32, of the gated delta rule.
-        memories: `[J, R]` int64, the memory of each choice; negative for none, `M` for the shared one.
-        order: `[J * R]` int64, the choices `j * R + r` sorted by memory and then by token, those of no
-            memory last.
-        ends: `[M]` or, with a shared memory, `[M + 1]` int32, how many of `order` stand before the end of each memory.
     """
 
     q: Tensor
@@ -62,9 +59,15 @@ class _Projected(NamedTuple):
     v: Tensor
     g: Tensor
     beta: Tensor | None
-    memories: Tensor
-    order: Tensor
-    ends: Tensor
+
+
+def _sort_choices(memories: Tensor, num_slots: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Choices `j * R + r` by memory, those of none last; their places; where each memory ends. For few tokens: a plan
+    takes more launches.
+    """
+    by_memory, order = memories.where(memories >= 0, num_slots).flatten().sort(stable=True)
+    slots = torch.arange(num_slots, device=memories.device)
+    return order.int(), order.argsort().int(), torch.searchsorted(by_memory, slots, right=True, out_int32=True)
 
 
 class MixtureOfMemories(nn.Module):
@@ -242,9 +245,10 @@ class MixtureOfMemories(nn.Module):
         if balance_loss is not None and z_loss is not None and hits is not None:
             self.routing = Routing(balance_loss, z_loss, hits)
 
-        projected = self._project(hidden_states, indices, mask)
-        if past is not None and is_decode_step:
-            o = self._step(projected, weights, indices, past)
+        memories = self._memories(indices, mask) if is_decode_step else None
+        projected = self._project(hidden_states, indices, mask, memories)
+        if past is not None and memories is not None:
+            o = self._step(projected, weights, indices, memories, past)
         else:
             o = self._scan(projected, weights, indices, past, cache, cu_seqlens, mask)
         if isinstance(self.o_norm, GatedRMSNorm):
@@ -254,34 +258,47 @@ class MixtureOfMemories(nn.Module):
         y: Tensor = self.o_proj(o.flatten(-2))
         return y
 
-    def _project(self, hidden_states: Tensor, indices: Tensor, mask: Tensor | None) -> _Projected:
-        """Project every token for each of its memories."""
+    def _memories(self, indices: Tensor, mask: Tensor | None) -> Tensor:
+        """The memory of each choice, `[J, R]` int32; negative for none, `M` for the shared one."""
+        memories = indices.flatten(0, 1).mT.int()
+        if not self.shared_memory:
+            return memories
+        shared = memories.new_full((1, memories.shape[1]), self.num_memories)
+        return torch.cat([memories, shared if mask is None else shared.where(mask.view(1, -1), -1)])
+
+    def _plan_all(self, indices: Tensor, mask: Tensor | None) -> RoutePlan:
+        """The choices `j * R + r` by memory, over all sequences."""
+        return route_plan(
+            indices.reshape(1, -1, self.topk),
+            self.num_memories,
+            shared_memory=self.shared_memory,
+            mask=None if mask is None else mask.reshape(1, -1),
+        )
+
+    def _project(
+        self, hidden_states: Tensor, indices: Tensor, mask: Tensor | None, memories: Tensor | None
+    ) -> _Projected:
+        """Project every token for each of its memories; `memories` of a decode step."""
         x = hidden_states.flatten(0, 1)
         num_tokens = x.shape[0]
+        num_choices = self.topk + int(self.shared_memory)
         q = self.q_proj(x)
-        memories = indices.flatten(0, 1).mT.long()
-        if self.shared_memory:
-            shared = memories.new_full((1, num_tokens), self.num_memories)
-            if mask is not None:
-                shared = torch.where(mask.view(1, -1), shared, -1)
-            memories = torch.cat([memories, shared])
-        num_choices = memories.shape[0]
-        by_token = torch.where(memories < 0, self.num_slots, memories).mT.flatten()
-        sorted_memories, order = by_token.sort(stable=True)
-        order = order % num_choices * num_tokens + order // num_choices
-        slots = torch.arange(self.num_slots, device=x.device)
-        ends = torch.searchsorted(sorted_memories, slots, right=True, out_int32=True)
         sizes = [self.key_dim, self.value_dim, sum(self.projected_sizes[2:])]
         if self.single_kv_proj:
             parts = F.linear(x, self.memory_proj.weight[0]).split(sizes, dim=-1)
             k, v, gates = (y.expand(num_choices, -1, -1) for y in parts)
         else:
-            parts = self.memory_proj(x.to(q.dtype), order, ends, sizes)
+            if memories is None:
+                plan = self._plan_all(indices, mask)
+                order, positions, ends = plan.rows, plan.positions, plan.cu_seqlens[1:]
+            else:
+                order, positions, ends = _sort_choices(memories, self.num_slots)
+            parts = self.memory_proj(x.to(q.dtype), order, positions, ends, sizes)
             k, v, gates = (y.unflatten(0, (num_choices, num_tokens)) for y in parts)
         a, *b = gates.split(self.num_heads, dim=-1)
         g = -self.A_log.float().exp() * F.softplus(a.float() + self.dt_bias.float())
         beta = b[0].float().sigmoid() if b else None
-        return _Projected(q.expand(num_choices, -1, -1), k, v, g, beta, memories, order, ends)
+        return _Projected(q.expand(num_choices, -1, -1), k, v, g, beta)
 
     def _scan(
         self,
@@ -305,7 +322,7 @@ class MixtureOfMemories(nn.Module):
         plan = route_plan(indices, **segments)
         rows, bounds = plan.rows, plan.cu_seqlens
         if self.conv_across_segments and self.training and cache is None:
-            rows, bounds = self._released_segments(projected, indices.shape[:2], cu_seqlens)
+            rows, bounds = self._released_segments(indices, cu_seqlens, mask)
         num_sequences = indices.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         histories: Sequence[Tensor | None] = (None, None, None)
         if past is not None:
@@ -342,7 +359,9 @@ class MixtureOfMemories(nn.Module):
             cache.set(self.layer_idx, LayerCache((conv_state,), state))
         return o
 
-    def _step(self, projected: _Projected, weights: Tensor, indices: Tensor, past: LayerCache) -> Tensor:
+    def _step(
+        self, projected: _Projected, weights: Tensor, indices: Tensor, memories: Tensor, past: LayerCache
+    ) -> Tensor:
         """Decode one token of each sequence, in place; return the mixed reads `[B, 1, H, V]`."""
         q, k, v = projected[:3]
         filters = torch.cat([convolution.weight[:, 0].float() for convolution in self._convolutions])
@@ -353,7 +372,7 @@ class MixtureOfMemories(nn.Module):
             torch.cat(biases) if biases else None,
             past.conv_states[0].flatten(0, 1),
             activation="silu",
-            memories=projected.memories.int(),
+            memories=memories,
             num_memories=self.num_slots,
         )
         tokens = y.split([self.key_dim, self.key_dim, self.value_dim], dim=-1)
@@ -383,19 +402,21 @@ class MixtureOfMemories(nn.Module):
         return q, k, v, per_token(projected.g), None if beta is None else per_token(beta)
 
     def _released_segments(
-        self, projected: _Projected, shape: Sequence[int], cu_seqlens: Tensor | None
+        self, indices: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Rows and bounds of convolutions that run through all memories of all sequences, one memory after the other.
 
         The shared memory's run through each sequence, as they should.
         """
-        num_routed = projected.ends[self.num_memories - 1 :][:1]
+        plan = self._plan_all(indices, mask)
+        num_routed = plan.cu_seqlens[self.num_memories :][:1]
         bounds = [torch.zeros_like(num_routed), num_routed]
         if self.shared_memory:
             if cu_seqlens is None:
-                cu_seqlens = torch.arange(1, shape[0] + 1, device=num_routed.device) * shape[1]
+                ends = torch.arange(1, indices.shape[0] + 1, device=indices.device) * indices.shape[1]
             else:
-                cu_seqlens = cu_seqlens[1:].long()
-            num_valid = F.pad((projected.memories[-1] >= 0).cumsum(0), (1, 0))
-            bounds.append(num_routed + num_valid[cu_seqlens])
-        return projected.order.int(), torch.cat(bounds).int()
+                ends = cu_seqlens[1:].long()
+            if mask is not None:
+                ends = F.pad(mask.flatten().cumsum(0), (1, 0))[ends]
+            bounds.append(num_routed + ends)
+        return plan.rows, torch.cat(bounds).int()

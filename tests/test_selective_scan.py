@@ -106,6 +106,21 @@ def test_matches_the_definition(kernels, sizes, dtype):
     check_against_definition(make(**sizes, dtype=dtype), True, dtype)
 
 
+@dtypes
+@pytest.mark.parametrize("sizes", [{}, {"N": 40, "D": 20, "G": 2}, {"N": 100, "D": 9, "z": False}], ids=str)
+def test_aligned_tokens_equal_others_to_the_bit(kernels, sizes, dtype):
+    """Kernels read aligned tokens by vectors: all the same ones."""
+    tensors = make(T=144, dtype=dtype, **sizes)
+    check_against_definition(tensors, True, dtype)
+    moved = dict(tensors)
+    for name in ("u", "delta", "B", "C", "z"):
+        if (t := tensors[name]) is not None:
+            wider = torch.zeros(*t.shape[:-1], 145, dtype=dtype)
+            moved[name] = wider[..., 1:].copy_(t.detach()).requires_grad_()
+    have, want = (results(*scan(x), x, dtype) for x in (moved, tensors))
+    assert all(torch.equal(have[name], want[name]) for name in want)
+
+
 @pytest.mark.parametrize("token_major", [False, True], ids=["mamba layout", "token major"])
 def test_reverse(kernels, token_major):
     check_against_definition(make(T=70, token_major=token_major), True, torch.float32, reverse=True)

@@ -32,7 +32,7 @@ struct ScanGradients {
 };
 
 template <typename T, class Traits>
-__global__ void __launch_bounds__(kScanThreads, Traits::SUMMARY_CTAS)
+__global__ void __launch_bounds__(kScanThreads, Traits::FWD_CTAS)
     selective_scan_bwd_summary_kernel(const __grid_constant__ SelectiveScanBwdParams p, const ScanGradients gradients,
                                       const int64_t num_channel_blocks) {
   constexpr int LD = Traits::LD, LANE_STATES = Traits::LANE_STATES;
@@ -40,19 +40,31 @@ __global__ void __launch_bounds__(kScanThreads, Traits::SUMMARY_CTAS)
   __shared__ float smem_delta[kTileTokens * LD], smem_z[kTileTokens * LD], smem_dy[kTileTokens * LD];
   __shared__ __align__(16) float smem_c[kTileTokens * Traits::STATES];
 
-  const ScanInterval interval = find_interval(in, blockIdx.x / num_channel_blocks);
+  __shared__ ScanPlace smem_place;
+  smem_place.find<Traits::CHANNELS>(in, num_channel_blocks);
+  const ScanInterval& interval = smem_place.interval;
+  const ScanChannelBlock& channels = smem_place.block;
   if (interval.num_tokens == 0 || interval.chunk_idx == 0) return;
-  const ScanChannelBlock channels = find_channel_block<Traits::CHANNELS>(in.shape, blockIdx.x % num_channel_blocks);
   const ScanBlock<T, Traits> block(in, interval, channels);
+  const bool is_vector = block.has_vectors(in.delta, in.delta_stride) && block.has_vectors(p.d_out, p.d_out_stride) &&
+                         block.has_vectors(in.z, in.z_stride) && block.has_vectors(in.c, in.c_stride);
 
   float carried[LANE_STATES] = {}, steps = 0.f;
 #pragma unroll 1
   for (int first = (interval.num_tokens - 1) / kTileTokens * kTileTokens; first >= 0; first -= kTileTokens) {
-    __syncthreads();
-    block.load(in.delta, in.delta_stride, first, smem_delta);
-    block.load(p.d_out, p.d_out_stride, first, smem_dy);
-    if (in.z != nullptr) block.load(in.z, in.z_stride, first, smem_z);
-    block.load_map(in.c, in.c_stride, first, smem_c);
+    if (is_vector && first + kTileTokens <= interval.num_tokens) {
+      const auto delta = block.fetch(in.delta, in.delta_stride, first);
+      const auto d_out = block.fetch(p.d_out, p.d_out_stride, first), z = block.fetch(in.z, in.z_stride, first);
+      const auto c = block.fetch_map(in.c, in.c_stride, first);
+      __syncthreads();
+      delta.store(smem_delta, LD), d_out.store(smem_dy, LD), z.store(smem_z, LD), c.store(smem_c, Traits::STATES);
+    } else {
+      __syncthreads();
+      block.load(in.delta, in.delta_stride, first, smem_delta);
+      block.load(p.d_out, p.d_out_stride, first, smem_dy);
+      if (in.z != nullptr) block.load(in.z, in.z_stride, first, smem_z);
+      block.load_map(in.c, in.c_stride, first, smem_c);
+    }
     __syncthreads();
     block.make_steps(smem_delta, interval.num_tokens - first);
     if (in.z != nullptr) {
@@ -107,9 +119,7 @@ struct ScanBwdSmem {
   // Rows of a state
   float rate[kStageStates * LD], entering[kStageStates * LD], carried[kStageStates * LD], da[kStageStates * LD];
   float skip[kBwdChannels], bias[kBwdChannels];
-  // Here, since registers are scarce
-  ScanInterval interval;
-  ScanChannelBlock block;
+  ScanPlace place;
 };
 
 /// Where token t of an interval lies in a row whose lanes read their runs four tokens at a time, without conflicts.
@@ -156,16 +166,9 @@ __global__ void __launch_bounds__(kScanThreads, 3)
   const SelectiveScanInputs& in = p.in;
   const int64_t num_channels = in.shape.num_channels;
   const int state_dim = static_cast<int>(in.shape.state_dim);
-  if (threadIdx.x < 32) {
-    const ScanInterval found = find_interval(in, blockIdx.x / num_channel_blocks);
-    if (threadIdx.x == 0) {
-      smem.interval = found;
-      smem.block = find_channel_block<kBwdChannels>(in.shape, blockIdx.x % num_channel_blocks);
-    }
-  }
-  __syncthreads();
-  const ScanInterval& interval = smem.interval;
-  const ScanChannelBlock& block = smem.block;
+  smem.place.find<kBwdChannels>(in, num_channel_blocks);
+  const ScanInterval& interval = smem.place.interval;
+  const ScanChannelBlock& block = smem.place.block;
   const auto first_row = [&] { return interval.slot * num_channels + block.first; };  // of [S, D]
 
   // A slot without tokens adds zeros.
@@ -179,13 +182,26 @@ __global__ void __launch_bounds__(kScanThreads, 3)
     return;
   }
 
-  const auto load = [&](const void* data, const ScanStrides& stride, float* smem_tile) {
-    load_channels<kScanInterval, kBwdChannels, T>(data, stride, interval, block, 0, smem_tile);
+  const auto has_vectors = [&](const void* data, const auto& stride) {
+    return interval.num_tokens == kScanInterval && has_token_vectors<T>(data, stride, interval, block);
   };
-  load(in.u, in.u_stride, smem.u);
-  load(in.delta, in.delta_stride, smem.delta);
-  load(p.d_out, p.d_out_stride, smem.dy);
-  if (in.z != nullptr) load(in.z, in.z_stride, smem.z);
+  if (has_vectors(in.u, in.u_stride) && has_vectors(in.delta, in.delta_stride) &&
+      has_vectors(p.d_out, p.d_out_stride) && has_vectors(in.z, in.z_stride)) {
+    const auto fetch = [&](const void* data, const ScanStrides& stride) {
+      return fetch_channels<kScanInterval, kBwdChannels, T>(data, stride, interval, block, 0);
+    };
+    const auto u = fetch(in.u, in.u_stride), delta = fetch(in.delta, in.delta_stride);
+    const auto d_out = fetch(p.d_out, p.d_out_stride), z = fetch(in.z, in.z_stride);
+    u.store(smem.u, LD), delta.store(smem.delta, LD), d_out.store(smem.dy, LD), z.store(smem.z, LD);
+  } else {
+    const auto load = [&](const void* data, const ScanStrides& stride, float* smem_tile) {
+      load_channels<kScanInterval, kBwdChannels, T>(data, stride, interval, block, 0, smem_tile);
+    };
+    load(in.u, in.u_stride, smem.u);
+    load(in.delta, in.delta_stride, smem.delta);
+    load(p.d_out, p.d_out_stride, smem.dy);
+    if (in.z != nullptr) load(in.z, in.z_stride, smem.z);
+  }
   if (threadIdx.x < kBwdChannels) {
     const auto value = [&](const void* values) {
       const bool exists = values != nullptr && threadIdx.x < block.num_channels;
@@ -226,15 +242,6 @@ __global__ void __launch_bounds__(kScanThreads, 3)
   });
   if (in.z != nullptr) for_each_token([&](int i, int j, int at) { dy[i][j] *= smem.z[at] * sigmoid(smem.z[at]); });
 
-  const auto load_map = [&](const void* data, const ScanGroupStrides& stride, int first_state, float* smem_map) {
-    const T* src = static_cast<const T*>(data) + interval.batch * stride.batch + interval.token(0) * stride.token +
-                   block.group * stride.group + first_state * stride.state;
-    for_each_element<kScanInterval, kStageStates>(
-        src, interval.token_step * stride.token, stride.state, interval.num_tokens,
-        min(state_dim - first_state, kStageStates), [&](int t, int n, bool exists, const T* gmem) {
-          smem_map[n * LD_MAP + run_position(t)] = static_cast<float>(exists ? *gmem : T(0.f));
-        });
-  };
 #pragma unroll 1
   for (int first_state = 0; first_state < state_dim; first_state += kStageStates) {
     const int num_states = min(state_dim - first_state, kStageStates);
@@ -243,22 +250,61 @@ __global__ void __launch_bounds__(kScanThreads, 3)
       for_each_element<kBwdChannels, kStageStates, false>(gmem + first * state_dim + first_state, state_dim, 1,
                                                           block.num_channels, num_states, visit);
     };
-    const auto load_states = [&](const void* src, int64_t first, float* smem_states, float factor) {
-      for_each_state(static_cast<const float*>(src), first, [&](int channel, int n, bool exists, const float* gmem) {
-        smem_states[n * LD + channel] = exists ? *gmem * factor : 0.f;
+    struct ThreadStates {
+      float of[kBwdChannels * kStageStates / kScanThreads];
+    };
+    const auto fetch_states = [&](const void* src, int64_t first) {
+      ThreadStates states = {};
+      int i = 0;
+      for_each_state(static_cast<const float*>(src), first, [&](int, int, bool exists, const float* gmem) {
+        if (exists) states.of[i] = *gmem;
+        ++i;
       });
+      return states;
+    };
+    const auto keep_states = [&](const ThreadStates& states, float* smem_states, float factor) {
+      const int thread_idx = read_thread_idx();
+      float* to = smem_states + thread_idx % kStageStates * LD + thread_idx / kStageStates;
+#pragma unroll
+      for (int i = 0; i < kBwdChannels * kStageStates / kScanThreads; ++i) {
+        to[i * (kScanThreads / kStageStates)] = states.of[i] * factor;
+      }
     };
     const auto store_states = [&](float* dst, int64_t first, const float* smem_states) {
       for_each_state(dst, first, [&](int channel, int n, bool exists, float* gmem) {
         if (exists) *gmem = smem_states[n * LD + channel];
       });
     };
-    __syncthreads();
-    load_map(in.b, in.b_stride, first_state, smem.b);
-    load_map(in.c, in.c_stride, first_state, smem.c);
-    load_states(in.a, block.first, smem.rate, kLog2e);
-    load_states(p.saved_states, first_row(), smem.entering, 1.f);
-    load_states(gradients.states, first_row(), smem.carried, 1.f);
+    {
+      const auto to_map = [&](float* smem_map) {
+        return [smem_map](int t, int n, float value) { smem_map[n * LD_MAP + run_position(t)] = value; };
+      };
+      if (has_vectors(in.b, in.b_stride) && has_vectors(in.c, in.c_stride)) {
+        const auto fetch = [&](const void* data, const ScanGroupStrides& stride) {
+          return FetchedTile<kScanInterval, kStageStates, T>(map_tokens<T>(data, stride, interval, block, first_state),
+                                                             stride.state, num_states);
+        };
+        const auto b = fetch(in.b, in.b_stride), c = fetch(in.c, in.c_stride);
+        __syncthreads();
+        b.store(to_map(smem.b)), c.store(to_map(smem.c));
+      } else {
+        __syncthreads();
+        const auto load = [&](const void* data, const ScanGroupStrides& stride, auto visit) {
+          for_each_element<kScanInterval, kStageStates>(
+              map_tokens<T>(data, stride, interval, block, first_state), interval.token_step * stride.token,
+              stride.state, interval.num_tokens, num_states, [&](int t, int n, bool exists, const T* gmem) {
+                visit(t, n, static_cast<float>(exists ? *gmem : T(0.f)));
+              });
+        };
+        load(in.b, in.b_stride, to_map(smem.b));
+        load(in.c, in.c_stride, to_map(smem.c));
+      }
+      const ThreadStates rate = fetch_states(in.a, block.first), entering = fetch_states(p.saved_states, first_row());
+      const ThreadStates carried = fetch_states(gradients.states, first_row());
+      keep_states(rate, smem.rate, kLog2e);
+      keep_states(entering, smem.entering, 1.f);
+      keep_states(carried, smem.carried, 1.f);
+    }
     __syncthreads();
 
 #pragma unroll 1

@@ -30,19 +30,30 @@ __global__ void __launch_bounds__(kScanThreads, Traits::SUMMARY_CTAS)
   __shared__ float smem_u[kTileTokens * LD], smem_delta[kTileTokens * LD];
   __shared__ __align__(16) float smem_b[kTileTokens * Traits::STATES];
 
-  const ScanInterval interval = find_interval(in, blockIdx.x / num_channel_blocks);
+  __shared__ ScanPlace smem_place;
+  smem_place.find<Traits::CHANNELS>(in, num_channel_blocks);
+  const ScanInterval& interval = smem_place.interval;
+  const ScanChannelBlock& channels = smem_place.block;
   if (interval.num_tokens == 0 || interval.is_last) return;
-  const ScanChannelBlock channels = find_channel_block<Traits::CHANNELS>(in.shape, blockIdx.x % num_channel_blocks);
   const ScanBlock<T, Traits> block(in, interval, channels);
 
+  const bool is_vector = block.has_vectors(in.u, in.u_stride) && block.has_vectors(in.delta, in.delta_stride) &&
+                         block.has_vectors(in.b, in.b_stride);
   // All intervals but a sequence's last are full.
   float x[LANE_STATES] = {}, steps = 0.f;
 #pragma unroll 1
   for (int first = 0; first < kScanInterval; first += kTileTokens) {
-    __syncthreads();
-    block.load(in.u, in.u_stride, first, smem_u);
-    block.load(in.delta, in.delta_stride, first, smem_delta);
-    block.load_map(in.b, in.b_stride, first, smem_b);
+    if (is_vector) {
+      const auto u = block.fetch(in.u, in.u_stride, first), delta = block.fetch(in.delta, in.delta_stride, first);
+      const auto b = block.fetch_map(in.b, in.b_stride, first);
+      __syncthreads();
+      u.store(smem_u, LD), delta.store(smem_delta, LD), b.store(smem_b, Traits::STATES);
+    } else {
+      __syncthreads();
+      block.load(in.u, in.u_stride, first, smem_u);
+      block.load(in.delta, in.delta_stride, first, smem_delta);
+      block.load_map(in.b, in.b_stride, first, smem_b);
+    }
     __syncthreads();
     block.make_steps(smem_delta, kTileTokens);
 #pragma unroll Traits::UNROLL
@@ -86,11 +97,16 @@ __global__ void __launch_bounds__(kScanThreads, Traits::FWD_CTAS)
   __shared__ float smem_u[kTileTokens * LD], smem_delta[kTileTokens * LD], smem_z[kTileTokens * LD];
   __shared__ __align__(16) float smem_b[kTileTokens * Traits::STATES], smem_c[kTileTokens * Traits::STATES];
 
-  const ScanInterval interval = find_interval(in, blockIdx.x / num_channel_blocks);
+  __shared__ ScanPlace smem_place;
+  smem_place.find<Traits::CHANNELS>(in, num_channel_blocks);
+  const ScanInterval& interval = smem_place.interval;
+  const ScanChannelBlock& channels = smem_place.block;
   if (interval.num_tokens == 0) return;
-  const ScanChannelBlock channels = find_channel_block<Traits::CHANNELS>(in.shape, blockIdx.x % num_channel_blocks);
   const ScanBlock<T, Traits> block(in, interval, channels);
   const float skip = block.channel_value(in.skip);
+  const bool is_vector = block.has_vectors(in.u, in.u_stride) && block.has_vectors(in.delta, in.delta_stride) &&
+                         block.has_vectors(in.z, in.z_stride) && block.has_vectors(in.b, in.b_stride) &&
+                         block.has_vectors(in.c, in.c_stride);
 
   float x[LANE_STATES];
   if (interval.chunk_idx == 0) {
@@ -101,12 +117,21 @@ __global__ void __launch_bounds__(kScanThreads, Traits::FWD_CTAS)
   }
 #pragma unroll 1
   for (int first = 0; first < interval.num_tokens; first += kTileTokens) {
-    __syncthreads();
-    block.load(in.u, in.u_stride, first, smem_u);
-    block.load(in.delta, in.delta_stride, first, smem_delta);
-    if (in.z != nullptr) block.load(in.z, in.z_stride, first, smem_z);
-    block.load_map(in.b, in.b_stride, first, smem_b);
-    block.load_map(in.c, in.c_stride, first, smem_c);
+    if (is_vector && first + kTileTokens <= interval.num_tokens) {
+      const auto u = block.fetch(in.u, in.u_stride, first), delta = block.fetch(in.delta, in.delta_stride, first);
+      const auto z = block.fetch(in.z, in.z_stride, first);
+      const auto b = block.fetch_map(in.b, in.b_stride, first), c = block.fetch_map(in.c, in.c_stride, first);
+      __syncthreads();
+      u.store(smem_u, LD), delta.store(smem_delta, LD), z.store(smem_z, LD);
+      b.store(smem_b, Traits::STATES), c.store(smem_c, Traits::STATES);
+    } else {
+      __syncthreads();
+      block.load(in.u, in.u_stride, first, smem_u);
+      block.load(in.delta, in.delta_stride, first, smem_delta);
+      if (in.z != nullptr) block.load(in.z, in.z_stride, first, smem_z);
+      block.load_map(in.b, in.b_stride, first, smem_b);
+      block.load_map(in.c, in.c_stride, first, smem_c);
+    }
     __syncthreads();
     block.make_steps(smem_delta, interval.num_tokens - first);
     if (in.z != nullptr) block.make_gates(smem_z);

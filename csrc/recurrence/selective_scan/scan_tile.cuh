@@ -33,7 +33,7 @@ struct ScanTraits {
   static constexpr int LANES = LANES_, LANE_STATES = LANE_STATES_;
   static constexpr int CHANNELS = kScanThreads / LANES, STATES = LANES * LANE_STATES;
   // CTAs of a multiprocessor that leave registers enough.
-  static constexpr int SUMMARY_CTAS = LANES == 1 ? 5 : 3, FWD_CTAS = LANES == 1 ? 4 : 3;
+  static constexpr int SUMMARY_CTAS = 5, FWD_CTAS = 4;
   static constexpr int UNROLL = LANES == 1 ? 4 : 2;  // tokens
   // One more than a power of two: a column is read and written without bank conflicts, too.
   static constexpr int LD = CHANNELS + 1;
@@ -130,6 +130,25 @@ __device__ __forceinline__ ScanChannelBlock find_channel_block(const SelectiveSc
           static_cast<int>(min(shape.group_channels() - begin, int64_t{CHANNELS}))};
 }
 
+/// What a CTA works on: in shared memory, since registers are scarce.
+struct ScanPlace {
+  ScanInterval interval;
+  ScanChannelBlock block;
+
+  /// By the whole CTA.
+  template <int CHANNELS>
+  __device__ __forceinline__ void find(const SelectiveScanInputs& in, int64_t num_channel_blocks) {
+    if (threadIdx.x < 32) {
+      const ScanInterval found = find_interval(in, blockIdx.x / num_channel_blocks);
+      if (threadIdx.x == 0) {
+        interval = found;
+        block = find_channel_block<CHANNELS>(in.shape, blockIdx.x % num_channel_blocks);
+      }
+    }
+    __syncthreads();
+  }
+};
+
 /// Walks a [ROWS, COLS] matrix whose first num_rows rows and num_cols columns exist. Neighbouring threads take
 /// neighbouring rows (ROWS_FIRST) or columns. Calls visit(row, col, exists, address).
 template <int ROWS, int COLS, bool ROWS_FIRST, typename T, typename Visit>
@@ -173,6 +192,56 @@ __device__ __forceinline__ void load_tile(const T* src, int64_t stride_row, int6
                                });
 }
 
+/// Of a [ROWS, COLS] matrix whose rows are neighbours: calls visit(i, row, col) for the vectors that a thread moves.
+/// Two lanes share the 32 bytes of a sector; their neighbours take the next column.
+template <int ROWS, int COLS, int ELEMENTS, typename Visit>
+__device__ __forceinline__ void for_each_vector(Visit visit) {
+  constexpr int kVectors = ROWS / ELEMENTS * COLS;
+  static_assert(ROWS % (2 * ELEMENTS) == 0);
+  const int thread_idx = read_thread_idx();
+#pragma unroll
+  for (int i = 0; i < (kVectors + kScanThreads - 1) / kScanThreads; ++i) {
+    const int index = thread_idx + i * kScanThreads;
+    if (kVectors % kScanThreads != 0 && index >= kVectors) continue;
+    visit(i, (index / 2 / COLS * 2 + index % 2) * ELEMENTS, index / 2 % COLS);
+  }
+}
+
+template <typename T>
+union ScanVector {
+  static constexpr int kElements = 16 / sizeof(T);
+  uint4 bits;
+  T element[kElements];
+  __device__ ScanVector() : bits{} {}
+};
+
+/// The same in two steps, with all loads before the first store: of all rows, by vectors along them, which are
+/// neighbours, aligned to 16 bytes in every column.
+template <int ROWS, int COLS, typename T>
+class FetchedTile {
+ public:
+  __device__ __forceinline__ FetchedTile(const T* src, int64_t stride_col, int num_cols) {
+    for_each_vector<ROWS, COLS, kElements>([&](int i, int row, int col) {
+      if (col < num_cols) vectors_[i].bits = *reinterpret_cast<const uint4*>(src + col * stride_col + row);
+    });
+  }
+  /// Calls visit(row, col, value).
+  template <typename Visit>
+  __device__ __forceinline__ void store(Visit visit) const {
+    for_each_vector<ROWS, COLS, kElements>([&](int i, int row, int col) {
+#pragma unroll
+      for (int e = 0; e < kElements; ++e) visit(row + e, col, static_cast<float>(vectors_[i].element[e]));
+    });
+  }
+  __device__ __forceinline__ void store(float* smem_tile, int ld) const {
+    store([&](int row, int col, float value) { smem_tile[row * ld + col] = value; });
+  }
+
+ private:
+  static constexpr int kElements = ScanVector<T>::kElements;
+  ScanVector<T> vectors_[(ROWS / kElements * COLS + kScanThreads - 1) / kScanThreads];
+};
+
 template <int ROWS, int COLS, typename T>
 __device__ __forceinline__ void store_tile(const float* smem_tile, int ld, int num_rows, int num_cols, T* dst,
                                            int64_t stride_row, int64_t stride_col) {
@@ -198,13 +267,61 @@ __device__ __forceinline__ void load_channels(const void* data, const ScanStride
                         interval.token_step * stride.token, stride.channel, interval.num_tokens - first,
                         block.num_channels, smem_tile, COLS + 1);
 }
+/// Without data, of no channel.
+template <int ROWS, int COLS, typename T>
+__device__ __forceinline__ FetchedTile<ROWS, COLS, T> fetch_channels(const void* data, const ScanStrides& stride,
+                                                                     const ScanInterval& interval,
+                                                                     const ScanChannelBlock& block, int first) {
+  return {channel_tokens(static_cast<const T*>(data), stride, interval, block, first), stride.channel,
+          data != nullptr ? block.num_channels : 0};
+}
+
+/// Of the first token of an interval and state `first_state`, in B or C.
+template <typename T>
+__device__ __forceinline__ const T* map_tokens(const void* data, const ScanGroupStrides& stride,
+                                               const ScanInterval& interval, const ScanChannelBlock& block,
+                                               int first_state) {
+  return static_cast<const T*>(data) + interval.batch * stride.batch + interval.token(0) * stride.token +
+         block.group * stride.group + first_state * stride.state;
+}
+
+/// Whether the interval's tokens lie in vectors, in every channel or state.
+template <typename T>
+__device__ __forceinline__ bool has_token_vectors(const T* first_token, int64_t stride_token, int64_t stride_col) {
+  return stride_token == 1 &&
+         (reinterpret_cast<uintptr_t>(first_token) | static_cast<uintptr_t>(stride_col) * sizeof(T)) % 16 == 0;
+}
+template <typename T>
+__device__ __forceinline__ bool has_token_vectors(const void* data, const ScanStrides& stride,
+                                                  const ScanInterval& interval, const ScanChannelBlock& block) {
+  return data == nullptr || has_token_vectors(channel_tokens(static_cast<const T*>(data), stride, interval, block, 0),
+                                              interval.token_step * stride.token, stride.channel);
+}
+template <typename T>
+__device__ __forceinline__ bool has_token_vectors(const void* data, const ScanGroupStrides& stride,
+                                                  const ScanInterval& interval, const ScanChannelBlock& block) {
+  return has_token_vectors(map_tokens<T>(data, stride, interval, block, 0), interval.token_step * stride.token,
+                           stride.state);
+}
+
 template <int ROWS, int COLS, typename T>
 __device__ __forceinline__ void store_channels(const float* smem_tile, const ScanInterval& interval,
                                                const ScanChannelBlock& block, int first, void* data,
                                                const ScanStrides& stride) {
-  store_tile<ROWS, COLS>(smem_tile, COLS + 1, interval.num_tokens - first, block.num_channels,
-                         channel_tokens(static_cast<T*>(data), stride, interval, block, first),
-                         interval.token_step * stride.token, stride.channel);
+  T* dst = channel_tokens(static_cast<T*>(data), stride, interval, block, first);
+  const int64_t step = interval.token_step * stride.token;
+  if (first + ROWS > interval.num_tokens || !has_token_vectors(dst, step, stride.channel)) {
+    store_tile<ROWS, COLS>(smem_tile, COLS + 1, interval.num_tokens - first, block.num_channels, dst, step,
+                           stride.channel);
+    return;
+  }
+  for_each_vector<ROWS, COLS, ScanVector<T>::kElements>([&](int, int row, int col) {
+    if (col >= block.num_channels) return;
+    ScanVector<T> x;
+#pragma unroll
+    for (int e = 0; e < x.kElements; ++e) x.element[e] = static_cast<T>(smem_tile[(row + e) * (COLS + 1) + col]);
+    __stwb(reinterpret_cast<uint4*>(dst + col * stride.channel + row), x.bits);
+  });
 }
 
 /// max(x, 0) + log1p(w), w = exp(-|x|), where log1p(w) = 2 atanh(w / (2 + w)), a polynomial to 4e-9.
@@ -288,10 +405,24 @@ struct ScanBlock {
   }
   __device__ __forceinline__ void load_map(const void* data, const ScanGroupStrides& stride, int first,
                                            float* smem_tile) const {
-    const T* src = static_cast<const T*>(data) + interval.batch * stride.batch + interval.token(first) * stride.token +
-                   block.group * stride.group;
-    load_tile<kTileTokens, STATES>(src, interval.token_step * stride.token, stride.state, interval.num_tokens - first,
-                                   static_cast<int>(in.shape.state_dim), smem_tile, STATES);
+    const int64_t step = interval.token_step * stride.token;
+    load_tile<kTileTokens, STATES>(map_tokens<T>(data, stride, interval, block, 0) + first * step, step, stride.state,
+                                   interval.num_tokens - first, static_cast<int>(in.shape.state_dim), smem_tile,
+                                   STATES);
+  }
+  __device__ __forceinline__ FetchedTile<kTileTokens, CHANNELS, T> fetch(const void* data, const ScanStrides& stride,
+                                                                         int first) const {
+    return fetch_channels<kTileTokens, CHANNELS, T>(data, stride, interval, block, first);
+  }
+  __device__ __forceinline__ FetchedTile<kTileTokens, STATES, T> fetch_map(const void* data,
+                                                                           const ScanGroupStrides& stride,
+                                                                           int first) const {
+    return {map_tokens<T>(data, stride, interval, block, 0) + first, stride.state,
+            static_cast<int>(in.shape.state_dim)};
+  }
+  template <typename Strides>
+  __device__ __forceinline__ bool has_vectors(const void* data, const Strides& stride) const {
+    return has_token_vectors<T>(data, stride, interval, block);
   }
   /// The thread's states of token t of a map's tile.
   __device__ __forceinline__ void read_map(const float* smem_tile, int t, float* v) const {

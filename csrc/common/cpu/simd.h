@@ -70,9 +70,11 @@ REMORA_INLINE Vec<T> broadcast(T x) {
 using Half = VectorOf<uint16_t, kWidth<float>>::Type;  // as many 16-bit lanes as a vector has floats
 
 REMORA_INLINE Vec<float> widen_bfloat16(Half h) {
-#if defined(__AVX512F__)
   // The compiler's own conversion goes through two halves.
+#if defined(__AVX512F__)
   return reinterpret_cast<Vec<float>>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(h)), 16));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Vec<float>>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(h)), 16));
 #else
   return reinterpret_cast<Vec<float>>(__builtin_convertvector(h, Vec<uint32_t>) << 16);
 #endif
@@ -85,7 +87,13 @@ REMORA_INLINE Half narrow_bfloat16(Vec<float> x) {
   const Vec<uint32_t> u = reinterpret_cast<Vec<uint32_t>>(x);
   const Vec<uint32_t> rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
   const Vec<uint32_t> nan = (u >> 16) | 0x40;
-  return __builtin_convertvector((x == x) ? rounded : nan, Half);
+  const Vec<uint32_t> result = (x == x) ? rounded : nan;
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  const __m256i wide = reinterpret_cast<__m256i>(result);
+  return reinterpret_cast<Half>(_mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1)));
+#else
+  return __builtin_convertvector(result, Half);
+#endif
 #endif
 }
 

@@ -133,6 +133,34 @@ def test_routed_rows_are_sequences_of_gathered_rows(kernels, W, shared, dtype):
     assert torch.equal(grads[0].reshape(J * T, D), want_dx)
 
 
+def unaligned(x):
+    return torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape).copy_(x.detach())
+
+
+@dtypes
+@pytest.mark.parametrize("moved", ["x", "initial_state", "d_y", "d_final_state"])
+def test_unaligned_tensors_equal_aligned_ones_to_the_bit(kernels, moved, dtype):
+    tensors = make(dtype=dtype)
+    given = {**tensors, **({moved: unaligned(tensors[moved]).requires_grad_()} if moved in tensors else {})}
+    have, want = (ops.causal_conv1d(**x, output_final_state=True) for x in (given, tensors))
+    d = dict(zip(("d_y", "d_final_state"), cotangents(*want), strict=True))
+    d_moved = {name: unaligned(t) if name == moved else t for name, t in d.items()}
+    assert all(torch.equal(x, y) for x, y in zip(have, want, strict=True))
+    grads = [
+        torch.autograd.grad(outputs, list(leaves.values()), list(cotangent.values()))
+        for outputs, leaves, cotangent in ((have, given, d_moved), (want, tensors, d))
+    ]
+    assert all(torch.equal(x, y) for x, y in zip(*grads, strict=True))
+
+
+def test_a_step_on_an_unaligned_pool(kernels):
+    tensors = {name: t.detach() for name, t in make(T=1).items()}
+    states = [tensors["initial_state"].clone(), unaligned(tensors["initial_state"])]
+    have, want = (ops.causal_conv1d_step(tensors["x"], tensors["weight"], tensors["bias"], s) for s in states)
+    assert torch.equal(have, want)
+    assert torch.equal(*states)
+
+
 def test_packed_sequences_do_not_see_each_other(kernels):
     tensors = make(1, 150, 24, 4, num_seqs=5)
     offsets = torch.tensor([0, 3, 3, 70, 71, 150])

@@ -1,6 +1,7 @@
 // CUDA entry points of the causal convolution.
 #include "recurrence/causal_conv1d/launch.h"
 
+#include <initializer_list>
 #include <type_traits>
 
 #include "recurrence/causal_conv1d/kernels.cuh"
@@ -41,17 +42,17 @@ struct ConvLaunch {
   }
 };
 
-/// run(std::integral_constant<int, VECTOR>) with as many channels a thread as rows and states allow.
+/// run(std::integral_constant<int, VECTOR>) with as many channels a thread as x and the contiguous tensors allow.
 template <class Params, class Run>
-Error with_vector(const Params& p, Run run) {
-  const bool aligned = is_aligned(p.x, (p.x_stride.batch | p.x_stride.token) * size_of(p.dtype)) &&
-                       p.shape.num_channels * size_of(p.dtype) % 16 == 0;
+Error with_vector(const Params& p, std::initializer_list<const void*> contiguous, Run run) {
+  bool aligned = is_aligned(p.x, (p.x_stride.batch | p.x_stride.token) * size_of(p.dtype));
+  for (const void* tensor : contiguous) aligned &= is_aligned(tensor, p.shape.num_channels * size_of(p.dtype));
   return aligned ? run(std::integral_constant<int, 4>()) : run(std::integral_constant<int, 1>());
 }
 
 template <typename T>
 Error fwd(const CausalConv1dFwdParams& params, const Launch& launch) {
-  return with_vector(params, [&](auto vector) -> Error {
+  return with_vector(params, {params.initial_state, params.y, params.final_state}, [&](auto vector) -> Error {
     const ConvLaunch<vector> run(params, launch);
     const int64_t num_blocks = num_token_blocks(params.shape, kConvFwdTokens);
     const auto kernel =
@@ -64,7 +65,9 @@ Error fwd(const CausalConv1dFwdParams& params, const Launch& launch) {
 
 template <typename T>
 Error bwd(const CausalConv1dBwdParams& params, const Launch& launch) {
-  return with_vector(params, [&](auto vector) -> Error {
+  const std::initializer_list<const void*> contiguous = {params.initial_state, params.d_y, params.d_final_state,
+                                                         params.dx, params.d_initial_state};
+  return with_vector(params, contiguous, [&](auto vector) -> Error {
     const ConvLaunch<vector> run(params, launch);
     const int64_t num_blocks = num_token_blocks(params.shape, kConvBwdTokens);
     const auto kernel =
@@ -81,7 +84,7 @@ Error bwd(const CausalConv1dBwdParams& params, const Launch& launch) {
 
 template <typename T>
 Error step(const CausalConv1dStepParams& params, const Launch& launch) {
-  return with_vector(params, [&](auto vector) -> Error {
+  return with_vector(params, {params.state, params.y}, [&](auto vector) -> Error {
     return ConvLaunch<vector>(params, launch)(causal_conv1d_step_kernel<T, vector>, params.shape.sequences.num_seqs,
                                               params);
   });

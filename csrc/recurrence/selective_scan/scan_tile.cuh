@@ -215,8 +215,8 @@ union ScanVector {
   __device__ ScanVector() : bits{} {}
 };
 
-/// The same in two steps, with all loads before the first store: of all rows, by vectors along them, which are
-/// neighbours, aligned to 16 bytes in every column.
+/// A tile on its way to shared memory, so that all loads come before the first store. All its rows exist, are
+/// neighbours and aligned to 16 bytes in every column; zeros for columns that do not exist.
 template <int ROWS, int COLS, typename T>
 class FetchedTile {
  public:

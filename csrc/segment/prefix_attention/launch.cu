@@ -78,7 +78,8 @@ int64_t prefix_attention_bwd_workspace(const PrefixAttentionBwdParams& params) {
 }
 
 Error prefix_attention_bwd(const PrefixAttentionBwdParams& params, const Launch& launch) {
-  const bool aligned = is_aligned(params.in) && is_aligned(params.d_o, params.d_o_stride, size_of(params.in.dtype));
+  const bool aligned = is_aligned(params.in) && is_aligned(params.o, {}, 1) &&
+                       is_aligned(params.d_o, params.d_o_stride, size_of(params.in.dtype));
   return dispatch(params, aligned, launch, prefix_attention_bwd_of<__nv_bfloat16>, prefix_attention_bwd_of<__half>,
                   prefix_attention_bwd_of<float>);
 }

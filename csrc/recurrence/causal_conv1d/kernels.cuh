@@ -279,7 +279,7 @@ __global__ void __launch_bounds__(kConvThreads)
 template <typename T, int WIDTH, int VECTOR>
 __global__ void __launch_bounds__(kConvThreads, WIDTH <= 4 ? 3 : 2)
     causal_conv1d_bwd_kernel(const __grid_constant__ CausalConv1dBwdParams p, int64_t num_channel_blocks) {
-  constexpr int kBatch = WIDTH <= 4 ? 8 : 4;  // tokens asked for at a time
+  constexpr int kBatch = WIDTH <= 4 && sizeof(T) == 2 ? 8 : 4;  // tokens asked for at a time
   __shared__ BlockTokens<kConvBwdTokens, WIDTH - 1, WIDTH - 1> tokens;
   const RecurrenceShape& sequences = p.shape.sequences;
   const int tail = p.shape.width - 1;
@@ -411,7 +411,7 @@ __global__ void __launch_bounds__(kConvReduceChannels* kConvReduceParts)
 
 /// Gradient of the initial states. Grid: (sequence, block of channels).
 template <typename T, int VECTOR>
-__global__ void __launch_bounds__(kConvThreads)
+__global__ void __launch_bounds__(kConvThreads, 1)
     causal_conv1d_bwd_state_kernel(const __grid_constant__ CausalConv1dBwdParams p, int64_t num_channel_blocks) {
   const int tail = p.shape.width - 1;
   const int64_t seq_idx = blockIdx.x / num_channel_blocks;

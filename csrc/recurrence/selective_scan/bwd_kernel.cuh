@@ -46,8 +46,9 @@ __global__ void __launch_bounds__(kScanThreads, Traits::FWD_CTAS)
   const ScanChannelBlock& channels = smem_place.block;
   if (interval.num_tokens == 0 || interval.chunk_idx == 0) return;
   const ScanBlock<T, Traits> block(in, interval, channels);
-  const bool is_vector = block.has_vectors(in.delta, in.delta_stride) && block.has_vectors(p.d_out, p.d_out_stride) &&
-                         block.has_vectors(in.z, in.z_stride) && block.has_vectors(in.c, in.c_stride);
+  const bool is_vector = block.has_token_vectors(in.delta, in.delta_stride) &&
+                         block.has_token_vectors(p.d_out, p.d_out_stride) &&
+                         block.has_token_vectors(in.z, in.z_stride) && block.has_token_vectors(in.c, in.c_stride);
 
   float carried[LANE_STATES] = {}, steps = 0.f;
 #pragma unroll 1

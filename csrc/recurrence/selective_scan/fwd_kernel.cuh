@@ -37,8 +37,9 @@ __global__ void __launch_bounds__(kScanThreads, Traits::SUMMARY_CTAS)
   if (interval.num_tokens == 0 || interval.is_last) return;
   const ScanBlock<T, Traits> block(in, interval, channels);
 
-  const bool is_vector = block.has_vectors(in.u, in.u_stride) && block.has_vectors(in.delta, in.delta_stride) &&
-                         block.has_vectors(in.b, in.b_stride);
+  const bool is_vector = block.has_token_vectors(in.u, in.u_stride) &&
+                         block.has_token_vectors(in.delta, in.delta_stride) &&
+                         block.has_token_vectors(in.b, in.b_stride);
   // All intervals but a sequence's last are full.
   float x[LANE_STATES] = {}, steps = 0.f;
 #pragma unroll 1
@@ -104,9 +105,10 @@ __global__ void __launch_bounds__(kScanThreads, Traits::FWD_CTAS)
   if (interval.num_tokens == 0) return;
   const ScanBlock<T, Traits> block(in, interval, channels);
   const float skip = block.channel_value(in.skip);
-  const bool is_vector = block.has_vectors(in.u, in.u_stride) && block.has_vectors(in.delta, in.delta_stride) &&
-                         block.has_vectors(in.z, in.z_stride) && block.has_vectors(in.b, in.b_stride) &&
-                         block.has_vectors(in.c, in.c_stride);
+  const bool is_vector = block.has_token_vectors(in.u, in.u_stride) &&
+                         block.has_token_vectors(in.delta, in.delta_stride) &&
+                         block.has_token_vectors(in.z, in.z_stride) && block.has_token_vectors(in.b, in.b_stride) &&
+                         block.has_token_vectors(in.c, in.c_stride);
 
   float x[LANE_STATES];
   if (interval.chunk_idx == 0) {

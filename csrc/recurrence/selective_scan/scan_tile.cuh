@@ -421,8 +421,8 @@ struct ScanBlock {
             static_cast<int>(in.shape.state_dim)};
   }
   template <typename Strides>
-  __device__ __forceinline__ bool has_vectors(const void* data, const Strides& stride) const {
-    return has_token_vectors<T>(data, stride, interval, block);
+  __device__ __forceinline__ bool has_token_vectors(const void* data, const Strides& stride) const {
+    return remora::has_token_vectors<T>(data, stride, interval, block);
   }
   /// The thread's states of token t of a map's tile.
   __device__ __forceinline__ void read_map(const float* smem_tile, int t, float* v) const {
